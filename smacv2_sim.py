@@ -853,7 +853,8 @@ def play_loop(units, table, battle, N):
                 unit.shield = min(unit.shield + SHIELD_REGEN, body.shield)
             if unit.type == MEDIVAC:
                 unit.energy = min(unit.energy + ENERGY_REGEN, MAX_ENERGY)
-        if unit.attack != READY:
+    for i in range(len(units)):  # only now: regeneration after a deadly hit would raise the dead
+        if units[i].attack != READY:
             continue_attack(units, i, table, N)
     command_enemies(units, table, battle, N)
     for i in range(len(units)):
