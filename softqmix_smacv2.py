@@ -725,7 +725,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     about = {
         "backend": backend, "simulator_version": SIMULATOR_VERSION if backend == "sim" else None, "device": str(device),
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
     }  # fmt: skip
     run_dir = make_run_dir(args, backend)
     config = json.dumps({"args": dataclasses.asdict(args), **about}, indent=2)
@@ -793,7 +793,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         save_checkpoint(run_dir, step, training, policy, replay if args.checkpoint_replay else None)
 
     def test() -> None:
-        result = evaluate(critic.agent, eval_env, args.eval_episodes, evaluation_seed(args.seed, len(metrics)), device)
+        battles = evaluation_seed(args.seed, step // args.eval_interval)  # the same in a resumed run
+        result = evaluate(critic.agent, eval_env, args.eval_episodes, battles, device)
         seconds = time.time() - start_time
         metrics.append({
             "step": step, "episodes": episodes, "updates": updates,

@@ -1,0 +1,615 @@
+"""softqmix_smacv2.py: its mathematics against slow explicit versions, its files, and that it learns."""
+
+import copy
+import csv
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import softqmix_smacv2 as sq
+from smacv2_sim import SMACv2Sim
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+GAMMA, LAMBDA, ALPHA = 0.97, 0.6, 0.3
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def small_args(run_dir, **changes) -> sq.Args:
+    """A run of a few seconds."""
+    settings = dict(map="terran_3_vs_2", total_timesteps=1200, batch_size=8, buffer_size=24, eval_interval=400)
+    settings |= dict(eval_episodes=4, checkpoint_interval=10**6, target_update_interval=8, run_dir=str(run_dir))
+    return sq.Args(**(settings | changes))
+
+
+def make_networks(args: sq.Args, dtype=torch.float32):
+    """Untrained critic, a different target, f and the environment they are for."""
+    sq.check_args(args)
+    env = sq.make_env(args, 4, 0)
+    critic, target = sq.Critic(env, args).to(dtype), sq.Critic(env, args).to(dtype)
+    f = sq.TransformF(env.state_size, env.num_agents).to(dtype) if args.use_f else None
+    return critic, target, f, env
+
+
+def random_episode(env, length: int, rng, ended=True) -> dict[str, np.ndarray]:
+    """Any numbers, and masks with at least one available action, of which one is taken."""
+    N, A = env.num_agents, env.num_actions
+    mask = rng.random((length + 1, N, A)) < 0.4
+    mask[..., 0] |= ~mask.any(-1)
+    terminated = np.zeros(length, bool)
+    terminated[-1] = ended
+    return {
+        "obs": rng.normal(size=(length + 1, N, env.obs_size)).astype(np.float32),
+        "state": rng.normal(size=(length + 1, env.state_size)).astype(np.float32),
+        "mask": mask,
+        "action": (rng.random(mask.shape) * mask)[:-1].argmax(-1),
+        "reward": rng.normal(size=length).astype(np.float32),
+        "terminated": terminated,
+    }
+
+
+def make_batch(env, lengths, rng, dtype=torch.float32, cut_off=()) -> tuple[sq.Batch, list[dict]]:
+    """A batch of all stored episodes, and these in the batch's order."""
+    replay = sq.Replay(len(lengths), CPU)
+    episodes = [random_episode(env, n, rng, ended=i not in cut_off) for i, n in enumerate(lengths)]
+    for episode in episodes:
+        replay.add(episode)
+    batch = replay.sample(len(lengths), CPU)
+    for name in ("obs", "state", "reward"):
+        setattr(batch, name, getattr(batch, name).to(dtype))
+    return batch, sorted(episodes, key=lambda episode: len(episode["reward"]))
+
+
+# --- Targets ---
+
+
+def explicit_targets(reward, terminated, next_q, next_log_policy) -> list[float]:
+    """y_t of one episode as (1 - lambda) sum_k lambda^(k-1) G^(k), each k-step return with its entropy terms."""
+    L = len(reward)
+    alive = [0.0 if terminated[t] else 1.0 for t in range(L)]
+
+    def k_step_return(t, k):
+        rewards = sum(GAMMA**j * reward[t + j] for j in range(k))
+        entropies = sum(-ALPHA * GAMMA ** (j + 1) * alive[t + j] * next_log_policy[t + j] for j in range(k))
+        return rewards + entropies + GAMMA**k * alive[t + k - 1] * next_q[t + k - 1]
+
+    targets = []
+    for t in range(L):
+        n = L - t
+        early = sum(LAMBDA ** (k - 1) * k_step_return(t, k) for k in range(1, n))
+        targets.append((1 - LAMBDA) * early + LAMBDA ** (n - 1) * k_step_return(t, n))
+    return targets
+
+
+@pytest.mark.parametrize("ended", [(1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 0)], ids=["terminated", "cut off", "mixed"])
+@pytest.mark.parametrize("poison", [0.0, math.nan], ids=["zeros after the end", "NaN after the end"])
+def test_targets_equal_the_explicit_sum_of_k_step_returns(ended, poison):
+    lengths = [1, 4, 9, 6]
+    inputs = torch.randn(3, max(lengths), len(lengths), dtype=torch.float64)
+    terminated = torch.zeros(inputs.shape[1:], dtype=torch.bool)
+    for b, n in enumerate(lengths):
+        inputs[:, n:, b] = poison
+        terminated[n - 1, b] = bool(ended[b])
+        inputs[1:, n - 1, b][terminated[n - 1, b]] = poison  # value and entropy of a state after the end
+    reward, next_q, next_log_policy = inputs
+    targets = sq.td_lambda_targets(
+        reward, terminated, next_q, next_log_policy, torch.tensor(lengths), GAMMA, LAMBDA, ALPHA
+    )
+    for b, n in enumerate(lengths):
+        columns = [column[:n, b].nan_to_num().tolist() for column in (reward, terminated, next_q, next_log_policy)]
+        torch.testing.assert_close(targets[:n, b].tolist(), explicit_targets(*columns), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_g": False}, {"use_g": False, "use_f": False}, {"mixer": "vdn"}], ids=str)
+@pytest.mark.parametrize("td_weight", [1.0, 0.1])
+def test_losses_equal_a_loop_over_episodes_and_steps(flags, td_weight, monkeypatch):
+    """Alignment in time, masks, gather, groups, padding, means: everything, against cell-by-cell Python."""
+    args = small_args("unused", alpha=0.5, td_weight=td_weight, gamma=GAMMA, td_lambda=LAMBDA, **flags)
+    critic, target, f, env = make_networks(args, torch.float64)
+    batch, episodes = make_batch(env, [3, 17, 5, 5, 30, 1], np.random.default_rng(1), torch.float64, cut_off=(1, 4))
+    monkeypatch.setattr(sq, "sample_action", lambda log_policy, mask: log_policy.argmax(-1))  # u' without dice
+    loss_q, loss_pi, logs = sq.compute_losses(critic, target, f, batch, args)
+
+    squares_q, squares_pi, entropies, q_tots = [], [], [], []
+    for episode in episodes:
+        L = len(episode["reward"])
+        obs, state = (torch.tensor(episode[name], dtype=torch.float64) for name in ("obs", "state"))
+        mask, action = (torch.tensor(episode[name]) for name in ("mask", "action"))
+        values = {}
+        for name, network in (("online", critic), ("target", target)):
+            hidden, last, values[name] = torch.zeros(1, env.num_agents, 64).double(), -torch.ones_like(action[:1]), []
+            for t in range(L + 1):
+                q, hidden = network.agent.step(obs[t : t + 1], last, hidden)
+                values[name].append(q)
+                last = action[t : t + 1] if t < L else None
+        next_q, next_log_policy, q_tot, f_sum = [], [], [], []
+        for t in range(L):
+            s, s_next = state[t : t + 1], state[t + 1 : t + 2]
+            q_i = critic.local_q(values["online"][t], s).gather(-1, action[t, :, None][None])
+            q_tot.append(critic.mixer(q_i[..., 0], s).item())
+            f_sum.append(f(q_i, s).sum().item() if f is not None else q_tot[-1])
+            logits = critic.local_q(values["online"][t + 1], s_next)
+            logits = f(logits, s_next) if f is not None else logits
+            policy = [torch.softmax(logits[0, i][mask[t + 1, i]] / 0.5, 0) for i in range(env.num_agents)]
+            entropies.append(sum(-(p * p.log()).sum().item() for p in policy))
+            next_log_policy.append(sum(p.max().log().item() for p in policy))
+            best = [mask[t + 1, i].nonzero()[p.argmax()] for i, p in enumerate(policy)]
+            bar = target.local_q(values["target"][t + 1].gather(-1, torch.stack(best)[None]), s_next)
+            next_q.append(target.mixer(bar[..., 0], s_next).item())
+        monkeypatch.setattr(sys.modules[__name__], "ALPHA", 0.5)
+        y = explicit_targets(episode["reward"].tolist(), episode["terminated"], next_q, next_log_policy)
+        squares_q += [0.5 * (td_weight if q > t else 1.0) * (q - t) ** 2 for q, t in zip(q_tot, y, strict=True)]
+        squares_pi += [0.5 * (a - b) ** 2 for a, b in zip(f_sum, q_tot, strict=True)]
+        q_tots += q_tot
+    expected = [np.mean(x) for x in (squares_q, squares_pi, q_tots, entropies)]
+    got = [x.item() for x in (loss_q, loss_pi, logs["losses/q_tot"], logs["losses/entropy"])]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)  # the policy is float32 from the logits on
+
+
+def test_gradients_stop_where_the_paper_says():
+    args = small_args("unused")
+    critic, target, f, env = make_networks(args)
+    batch, _ = make_batch(env, [4, 7], np.random.default_rng(0))
+    for loss_index, reached, untouched in ((0, critic, f), (1, f, critic)):
+        for network in (critic, target, f):
+            network.zero_grad()
+        sq.compute_losses(critic, target, f, batch, args)[loss_index].backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in reached.parameters())
+        assert all(p.grad is None for network in (untouched, target) for p in network.parameters())
+
+
+# --- Networks and policy ---
+
+
+def random_parameters(network, scale):
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=scale)
+    return network
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.3, 3.0])
+def test_g_and_f_keep_the_order_of_actions_and_the_mixer_is_monotonic(scale):
+    N, S, A, R = 4, 7, 9, 200
+    state = 5 * torch.randn(R, S).double()
+    x = (10 * torch.randn(R, N, A)).double().sort(-1).values
+    g = random_parameters(sq.TransformG(S, N).double(), scale)
+    f = random_parameters(sq.TransformF(S, N).double(), scale)
+    assert (g(x, state).diff(dim=-1) >= x.diff(dim=-1) * (1 - 1e-9)).all()  # the residual's slope is 1: strict
+    assert (f(x, state).diff(dim=-1) >= 0).all()
+    mixer = random_parameters(sq.Mixer(S, N).double(), scale)
+    q = torch.randn(R, N).double()
+    for i in range(N):
+        more = q.clone()
+        more[:, i] += 3 * torch.rand(R)
+        assert (mixer(more, state) >= mixer(q, state) - 1e-9).all()
+
+
+def test_each_agent_has_its_own_transformation():
+    x, state = torch.randn(1, 1, 3).expand(6, 4, 3), torch.randn(6, 5)
+    for transform in (sq.TransformG(5, 4), sq.TransformF(5, 4)):
+        outputs = transform(x, state)
+        assert all(not torch.allclose(outputs[:, i], outputs[:, j]) for i, j in itertools.combinations(range(4), 2))
+
+
+def test_vdn_is_the_sum():
+    q = torch.randn(5, 3)
+    torch.testing.assert_close(sq.VDNMixer()(q, torch.randn(5, 2)), q[:, 0] + q[:, 1] + q[:, 2])
+
+
+def test_grouped_sequences_equal_stepping_cell_by_cell():
+    critic, _, _, env = make_networks(small_args("unused"), torch.float64)
+    lengths = [40, 1, 7, 8, 9, 23]  # all different, so that the order in the batch is known
+    batch, episodes = make_batch(env, lengths, np.random.default_rng(0), torch.float64)
+    assert len(batch.groups) > 2
+    last_action = torch.full(batch.obs.shape[:2], -1)
+    last_action[batch.now + 1] = batch.action
+    unrolled = critic.agent.unroll(batch.obs, last_action, batch.groups).split([n + 1 for n in sorted(lengths)])
+    for episode, values in zip(episodes, unrolled, strict=True):
+        hidden = torch.zeros(1, env.num_agents, 64).double()
+        last = torch.full((1, env.num_agents), -1)
+        for t, expected in enumerate(values):
+            q, hidden = critic.agent.step(torch.tensor(episode["obs"][t : t + 1]).double(), last, hidden)
+            torch.testing.assert_close(q[0], expected, rtol=0, atol=1e-12)
+            last = torch.tensor(episode["action"][t : t + 1]) if t < len(episode["action"]) else None
+
+
+@pytest.mark.parametrize("alpha", [10.0, 0.005, 1e-6])
+def test_policy_never_takes_an_unavailable_action(alpha):
+    mask = torch.rand(500, 5, 11) < 0.3
+    mask[..., 4] |= ~mask.any(-1)
+    log_policy = sq.masked_log_policy(30 * torch.randn(mask.shape) / alpha, mask)
+    assert (log_policy.exp().sum(-1) - 1).abs().max() < 1e-4
+    assert (log_policy[~mask] == -torch.inf).all()
+    assert log_policy[mask].isfinite().all()
+    for _ in range(20):
+        assert mask.gather(-1, sq.sample_action(log_policy, mask).unsqueeze(-1)).all()
+    assert mask.gather(-1, sq.greedy_action(torch.randn(mask.shape), mask).unsqueeze(-1)).all()
+
+
+def test_samples_follow_the_policy():
+    mask = torch.tensor([True, True, False, True])
+    log_policy = sq.masked_log_policy(torch.tensor([0.0, 1.0, 9.0, -1.0]), mask)
+    n = 40_000
+    actions = sq.sample_action(log_policy.expand(n, 4), mask.expand(n, 4))
+    frequency = torch.bincount(actions, minlength=4) / n
+    assert (frequency - log_policy.exp()).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_a_dead_agent_adds_no_entropy():
+    log_policy = sq.masked_log_policy(torch.randn(3, 6), torch.tensor([True] + 5 * [False]))
+    action = sq.sample_action(log_policy, torch.tensor([True] + 5 * [False]).expand(3, 6))
+    assert (log_policy.gather(-1, action.unsqueeze(-1)) == 0).all()
+
+
+# --- Replay ---
+
+
+def test_replay_returns_what_was_stored_through_wrap_around(tmp_path):
+    env, rng = SMACv2Sim("zerg_2_vs_2", 1), np.random.default_rng(0)
+    replay = sq.Replay(5, CPU)
+    stored = [random_episode(env, int(rng.integers(1, 12)), rng, ended=bool(i % 2)) for i in range(13)]
+    for i, episode in enumerate(stored):
+        replay.add({name: array.copy() for name, array in episode.items()})
+        assert len(replay) == min(i + 1, 5)
+    torch.save(replay.state_dict(), tmp_path / "replay.pt")
+    restored = sq.Replay(5, CPU)
+    restored.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
+    another = random_episode(env, 4, rng)
+    for memory in (replay, restored):
+        memory.add(another)
+        batch = memory.sample(5, CPU)
+        expected = sorted([*stored[-4:], another], key=lambda episode: len(episode["reward"]))
+        assert batch.lengths.tolist() == [len(episode["reward"]) for episode in expected]
+        unsplit = {id(e): False for e in expected}
+        sizes = {name: [len(e[name]) for e in expected] for name in memory.FIELDS}
+        columns = {name: getattr(batch, name).split(sizes[name]) for name in memory.FIELDS}
+        for b in range(5):  # episodes of equal length may stand in any order
+            found = [e for e in expected if all(np.array_equal(columns[k][b].numpy(), e[k]) for k in memory.FIELDS)]
+            assert len(found) == 1
+            unsplit[id(found[0])] = True
+        assert all(unsplit.values())
+    numbers = sum(tensor.numel() for episode in replay.episodes for tensor in episode.values())
+    assert numbers == sum(array.size for episode in [*stored[-4:], another] for array in episode.values())
+
+
+def test_recorder_cuts_episodes_where_environments_end():
+    """Each environment counts its own steps; the recorder must give back exactly these counts."""
+    env, rng = SMACv2Sim("zerg_2_vs_2", 3), np.random.default_rng(0)
+    recorder, clock, begun = sq.Recorder(env), np.zeros(3), np.zeros(3)
+
+    def view():
+        number = clock[:, None, None]
+        mask = np.ones((3, 2, env.num_actions), bool)
+        return {"obs": np.zeros((3, 2, env.obs_size)) + number, "state": np.zeros((3, env.state_size)), "mask": mask}
+
+    for step in range(100):
+        recorder.observe(np.arange(3), view())
+        ends = rng.random(3) < 0.1
+        recorder.act(np.full((3, 2), step), clock + 0.5, ends)
+        clock += 1
+        finished = np.flatnonzero(ends)
+        recorder.observe(finished, {name: array[finished] for name, array in view().items()})
+        for e in finished:
+            episode = recorder.finish(e)
+            assert episode["obs"][:, 0, 0].tolist() == list(range(int(begun[e]), int(clock[e]) + 1))
+            assert episode["reward"].tolist() == [t + 0.5 for t in range(int(begun[e]), int(clock[e]))]
+            assert episode["terminated"].tolist() == [False] * (len(episode["reward"]) - 1) + [True]
+            clock[e] = begun[e] = 1000 * step  # the next episode's observations are told apart
+    assert begun.min() > 0
+
+
+# --- Runs ---
+
+
+def read_metrics(run_dir, drop=("sps", "seconds")):
+    with open(Path(run_dir) / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(file)]
+
+
+def parameters_of(run_dir, step):
+    saved = torch.load(Path(run_dir) / "checkpoints" / str(step) / "training.pt", weights_only=True)
+    return {f"{part}.{name}": value for part in ("critic", "target", "f") for name, value in saved[part].items()}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run") / "a"
+    return run_dir, sq.train(small_args(run_dir))
+
+
+def test_run_leaves_the_promised_files(finished_run):
+    run_dir, summary = finished_run
+    assert summary == json.loads((run_dir / "summary.json").read_text())
+    assert {"args", "backend", "simulator_version", "env_steps", "episodes", "updates", "sps", "eval"} <= set(summary)
+    assert set(summary["eval"]) == {"episodes", "return_mean", "return_std", "win_rate"}
+    assert (summary["backend"], summary["env_steps"]) == ("sim", 1200)
+    assert summary["updates"] == summary["episodes"] // 4 - 1  # the first one when 8 are stored
+    rows = read_metrics(run_dir, drop=())
+    assert [row["step"] for row in rows] == ["0", "400", "800", "1200"]
+    assert list(rows[0]) == ["step", "episodes", "updates", "return_mean", "return_std", "win_rate", "sps", "seconds"]
+    assert json.loads((run_dir / "config.json").read_text())["backend"] == "sim"
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_tensorboard_has_the_usual_tags(finished_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished_run[0])).Reload()
+    charts, evals = ("charts/episodic_return", "charts/SPS", "charts/alpha"), ("return_mean", "return_std", "win_rate")
+    assert {*charts, *(f"eval/{name}" for name in evals)} <= set(events.Tags()["scalars"])
+    assert "NOT StarCraft II" in events.Tensors("backend/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_same_seed_same_metrics_and_another_seed_others(finished_run, tmp_path):
+    sq.train(small_args(tmp_path / "same"))
+    sq.train(small_args(tmp_path / "other", seed=2))
+    assert read_metrics(tmp_path / "same") == read_metrics(finished_run[0])
+    assert read_metrics(tmp_path / "other") != read_metrics(finished_run[0])
+
+
+@pytest.mark.parametrize("num_envs", [4, 3])
+def test_resume_equals_the_uninterrupted_run_to_the_last_bit(num_envs, tmp_path):
+    args = dict(num_envs=num_envs, total_timesteps=1320)
+    sq.train(small_args(tmp_path / "whole", **args))
+    sq.train(small_args(tmp_path / "parts", **(args | {"total_timesteps": 660})))
+    (tmp_path / "parts" / "checkpoints" / "100.tmp").mkdir()  # as a killed run leaves it
+    sq.train(small_args(tmp_path / "parts", resume=str(tmp_path / "parts"), **args))
+    assert [row for row in read_metrics(tmp_path / "parts") if row["step"] != "660"] == read_metrics(tmp_path / "whole")
+    whole, parts = (parameters_of(tmp_path / name, 1320) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert sorted(p.name for p in (tmp_path / "parts" / "checkpoints").iterdir()) == ["1320", "660"]
+    assert not (tmp_path / "parts" / "checkpoints" / "660" / "replay.pt").exists()
+
+
+def test_resume_without_replay_refills_it_first(tmp_path):
+    sq.train(small_args(tmp_path, total_timesteps=800, checkpoint_replay=False))
+    before = json.loads((tmp_path / "summary.json").read_text())
+    after = sq.train(small_args(tmp_path, total_timesteps=1600, resume=str(tmp_path)))
+    refilled_at = -(-(before["episodes"] + 8) // 4)  # the first multiple of 4 episodes with 8 stored
+    assert after["updates"] - before["updates"] == after["episodes"] // 4 - refilled_at + 1
+
+
+@pytest.mark.parametrize("flags", [{"use_g": False}, {"use_g": False, "use_f": False}, {"mixer": "vdn"}, {"tau": 0.04}])
+def test_variants_train(flags, tmp_path):
+    assert sq.train(small_args(tmp_path, **flags))["updates"] > 0
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+def test_target_networks_follow(tau):
+    critic, target, f, env = make_networks(args := small_args("unused", tau=tau))
+    optimizer = torch.optim.Adam([{"params": list(critic.parameters())}, {"params": list(f.parameters())}])
+    before, online_before = copy.deepcopy(target), copy.deepcopy(critic)
+    batch, _ = make_batch(env, [4, 7], np.random.default_rng(0))
+    sq.update(critic, target, f, optimizer, batch, args)
+    assert not torch.equal(critic.agent.fc_in.weight, online_before.agent.fc_in.weight)
+    if tau == 1.0:  # copies are the training loop's, every target_update_interval episodes
+        sq.move_target(critic, before, tau)
+        pairs = zip(before.parameters(), critic.parameters(), strict=True)
+    else:
+        mixed = [tau * c + (1 - tau) * b for c, b in zip(critic.parameters(), before.parameters(), strict=True)]
+        pairs = zip(target.parameters(), mixed, strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if tau == 1.0 else 1e-6)
+
+
+def test_gradient_norms_are_clipped_separately():
+    args = small_args("unused", max_grad_norm=1e-3)
+    critic, target, f, env = make_networks(args)
+    optimizer = torch.optim.SGD([{"params": list(critic.parameters())}, {"params": list(f.parameters())}], lr=1.0)
+    before = copy.deepcopy((critic, f))
+    sq.update(critic, target, f, optimizer, make_batch(env, [4, 7], np.random.default_rng(0))[0], args)
+    for old, new in zip(before, (critic, f), strict=True):
+        moved = sum((a - b).square().sum() for a, b in zip(old.parameters(), new.parameters(), strict=True)).sqrt()
+        assert moved.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+class Poisoned:
+    """An environment that shows no global state."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def reset(self, seed=None):
+        obs, info = self.env.reset(seed=seed)
+        return obs, info | {"state": np.full_like(info["state"], np.nan)}
+
+    def step(self, action):
+        *outcome, info = self.env.step(action)
+        return *outcome, info | {"state": np.full_like(info["state"], np.nan)}
+
+
+def test_evaluation_needs_no_state_and_counts_each_environment_alike():
+    critic, _, _, env = make_networks(small_args("unused"))
+    battles = [sq.evaluate(critic.agent, which, 12, 7, CPU) for which in (env, Poisoned(env))]
+    assert battles[0] == battles[1]
+    assert battles[0]["episodes"] == 12
+    assert sq.evaluate(critic.agent, env, 12, 8, CPU) != battles[0]
+
+
+@pytest.mark.parametrize(("episodes", "num_envs"), [(1, 1), (32, 32), (1000, 50), (97, 1), (128, 64)])
+def test_evaluation_environments_divide_the_battles(episodes, num_envs):
+    assert sq.make_eval_env(small_args("unused", eval_episodes=episodes)).num_envs == num_envs
+
+
+def test_wilson_interval():
+    assert sq.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert sq.wilson_interval(0, 32) == pytest.approx((0.0, 0.1072), abs=1e-4)
+
+
+# --- The command line ---
+
+
+def run_main(monkeypatch, capsys, *options):
+    """Exit code and what was printed."""
+    monkeypatch.setattr(sys, "argv", ["softqmix_smacv2.py", *map(str, options)])
+    try:
+        code = sq.main()
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+BAD_OPTIONS = {
+    "--map human_5_vs_5": "protoss",
+    "--map terran": "terran",
+    "--map terran_0_vs_5": "0",
+    "--alpha 0": "--alpha",
+    "--alpha nan": "--alpha",
+    "--batch-size 64 --buffer-size 32": "--buffer-size",
+    "--td-lambda 1.5": "--td-lambda",
+    "--num-envs 0": "--num-envs",
+    "--seed -1": "--seed",
+    "--td-weight -1": "--td-weight",
+    "--tau 0": "--tau",
+    "--resume nowhere": "nowhere",
+    "--evaluate nowhere.pt": "nowhere.pt",
+    "--run-dir README.md/run": "--run-dir",
+    "--num-envs many": "num-envs",
+    "--backend starcraft2": "",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_get_one_sentence_and_exit_code_2(options, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code, output = run_main(monkeypatch, capsys, *options.split(), "--total-timesteps", 8)
+    assert code == 2
+    assert BAD_OPTIONS[options] in output
+    assert "Traceback" not in output
+    if "--help" not in output:  # tyro's own message, for malformed numbers
+        assert len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other map", "other network"])
+def test_checkpoints_that_do_not_fit_are_refused(damage, finished_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "checkpoints" / "1200"
+    folder.mkdir(parents=True)
+    content = (finished_run[0] / "checkpoints" / "1200" / "training.pt").read_bytes()
+    (folder / "training.pt").write_bytes(content[:2000] if damage == "truncated" else content)
+    if damage == "foreign":
+        torch.save({"weights": torch.ones(3)}, folder / "training.pt")
+    options = {"other map": ["--map", "zerg_3_vs_2"], "other network": ["--no-use-g"]}.get(damage, [])
+    code, output = run_main(monkeypatch, capsys, "--resume", tmp_path, "--total-timesteps", 1600, *options)
+    assert (code, len(output.strip().splitlines())) == (2, 1)
+    assert str(folder) in output
+
+
+def test_a_run_is_never_overwritten(finished_run, monkeypatch, capsys):
+    code, output = run_main(monkeypatch, capsys, "--run-dir", finished_run[0])
+    assert code == 2
+    assert "--resume" in output
+
+
+def test_options_of_a_resumed_run_default_to_its_own(finished_run, tmp_path, monkeypatch, capsys):
+    options = ["--resume", finished_run[0], "--run-dir", tmp_path / "more", "--total-timesteps", 1240]
+    assert run_main(monkeypatch, capsys, *options)[0] == 0
+    args = json.loads((tmp_path / "more" / "summary.json").read_text())["args"]
+    assert (args["map"], args["batch_size"], args["total_timesteps"]) == ("terran_3_vs_2", 8, 1240)
+    assert len(read_metrics(tmp_path / "more")) == 5
+
+
+@pytest.mark.parametrize("what", ["policy.pt", ".", "checkpoints/1200"])
+def test_evaluate_prints_the_win_rate_with_its_interval(what, finished_run, monkeypatch, capsys):
+    code, output = run_main(monkeypatch, capsys, "--evaluate", finished_run[0] / what, "--eval-episodes", 8)
+    assert code == 0
+    assert "NOT StarCraft II" in output
+    rate, low, high = map(
+        float, re.search(r"win rate ([\d.]+) \(95 % interval ([\d.]+) to ([\d.]+)\)", output).groups()
+    )
+    assert 0 <= low <= rate <= high <= 1
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_intact(finished_run, tmp_path, monkeypatch, capsys):
+    sq.train(small_args(tmp_path / "run", total_timesteps=400))
+    save = torch.save
+
+    def full(what, path):
+        if path.name == "replay.pt":
+            path.write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        save(what, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    code, output = run_main(monkeypatch, capsys, "--resume", tmp_path / "run", "--total-timesteps", 800)
+    assert code == 1
+    assert "No space left" in output
+    assert "Traceback" not in output
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["400"]
+    assert (tmp_path / "run" / "checkpoints" / "400" / "replay.pt").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    sq.train(small_args(tmp_path / "run", total_timesteps=400))
+    monkeypatch.setattr(sq, "td_lambda_targets", lambda reward, *rest: reward + math.nan)
+    code, output = run_main(monkeypatch, capsys, "--resume", tmp_path / "run", "--total-timesteps", 800)
+    assert code == 1
+    assert "not finite" in output
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["400"]
+    assert all(value.isfinite().all() for value in parameters_of(tmp_path / "run", 400).values())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_a_checkpoint(signum, tmp_path):
+    options = ["--map", "terran_3_vs_2", "--run-dir", str(tmp_path / "run"), "--eval-episodes", "4", "--no-cuda"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "softqmix_smacv2.py", *options], stderr=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    for _ in range(600):
+        if (tmp_path / "run" / "metrics.csv").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signum)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert (sq.checkpoint_folder(str(tmp_path / "run")) / "replay.pt").exists()
+
+
+# --- And it learns ---
+
+
+def random_play(map_name: str, battles: int) -> tuple[float, float]:
+    """Mean return of uniformly random available actions, and the standard deviation of returns."""
+    env, rng = SMACv2Sim(map_name, battles, 99), np.random.default_rng(0)
+    _, info = env.reset()
+    first, total, running = np.full(battles, math.nan), np.zeros(battles), np.ones(battles, bool)
+    while running.any():
+        action = (rng.random(info["action_mask"].shape) * info["action_mask"]).argmax(-1)
+        _, reward, terminated, _, info = env.step(action)
+        total += reward
+        first[running & terminated] = total[running & terminated]
+        running &= ~terminated
+    return first.mean(), first.std()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_it_learns(seed, tmp_path):
+    """Greedy test battles return more than random play's mean by at least 4 standard errors of the difference."""
+    settings = dict(total_timesteps=6000, eval_interval=6000, eval_episodes=128, batch_size=32, buffer_size=1000)
+    result = sq.train(small_args(tmp_path, seed=seed, target_update_interval=40, **settings))["eval"]
+    mean, deviation = random_play("terran_3_vs_2", 512)
+    standard_error = math.sqrt(result["return_std"] ** 2 / 128 + deviation**2 / 512)
+    assert result["return_mean"] > mean + 4 * standard_error
