@@ -31,13 +31,13 @@ enemies as the map script drives them (an enemy without an order is sent at its 
 their reflex to attack what is near while they have none; passive allies; reach from edge to edge; wind-up and missile
 flight; random weapon delay; shields, armour per hit, bonus damage, double hits; the colossus' line and the baneling's
 disc (also when it is killed); medivac healing, energy and acceleration; regeneration; bodies that push apart by plane
-(ground, air, colossus) and a border that holds them.
+(ground, air, colossus) and pass around what blocks them; a border that holds them.
 
-Not modelled: finding a way around bodies (units walk straight and slide along what they meet); turning and firing
-arcs; a unit's call for help to idle friends; re-targeting by an enemy that has an order (the map script has none
-either). Assumed, because neither the package nor the catalogue settles it: a shot broken off during wind-up leaves the
-weapon ready; missiles never miss a living target and outlive their shooter; a colossus' beam and a zealot's second hit
-end with their owner; a medivac follows its patient even at full health; units meet splash with their edge.
+Not modelled: the game's own path finding and crowd steering (ours only looks at the bodies it touches); turning and
+firing arcs; a unit's call for help to idle friends; re-targeting by an enemy that has an order (the map script has
+none either). Assumed, because neither the package nor the catalogue settles it: a shot broken off during wind-up leaves
+the weapon ready; missiles never miss a living target and outlive their shooter; a colossus' beam and a zealot's second
+hit end with their owner; a medivac follows its patient even at full health; units meet splash with their edge.
 """
 
 import re
@@ -49,6 +49,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 from numba import njit, prange
+
+kernel = njit(cache=True, error_model="numpy")  # kept between runs; no check for division by zero, no fastmath
 
 SIMULATOR_VERSION = "1"  # changes whenever the same seed and actions may give another battle
 
@@ -84,6 +86,8 @@ SCAN_RANGE = 5.0  # an idle enemy notices allies this far away, edge to edge, or
 RANGE_SLOP = 1.0  # during wind-up a target may leave the reach by this much; not for the colossus
 DELAY_LOW, DELAY_HIGH = -1.0, 2.0  # loops, uniform, added to every weapon cooldown
 MIN_DAMAGE = 0.5  # what armour leaves of any hit
+TURN_COSINES = np.cos(np.arange(5) * np.pi / 6)  # by which a blocked unit turns aside
+TURN_SINES = np.sin(np.arange(5) * np.pi / 6)
 
 
 class UnitType(NamedTuple):
@@ -155,6 +159,7 @@ WOL_UNITS = (
 )
 # fmt: on
 UNIT_NAMES = tuple(unit.name for unit in WOL_UNITS)
+LARGEST_SEPARATION = max(unit.separation for unit in WOL_UNITS)
 BANELING, COLOSSUS, HYDRALISK, MARAUDER, MARINE, MEDIVAC, STALKER, ZEALOT, ZERGLING = range(len(UNIT_NAMES))
 
 # Where the ladder's data (Legacy of the Void, build 4.10) differ.
@@ -238,6 +243,8 @@ UNIT = np.dtype(
         ("calm", np.int64),  # loops since the last damage
         ("speed", np.float64),  # cells per loop reached so far
         ("moving", np.int64),  # did it walk in this loop?
+        ("bumped", np.int64),  # into someone who stands firm
+        ("side", np.int64),  # which way round it is passing what stands in its way: 1 left, -1 right, 0 nothing there
         ("order", np.int64),
         ("order_x", np.float64),
         ("order_y", np.float64),
@@ -312,7 +319,7 @@ MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 SHIFT_30, SHIFT_27, SHIFT_31, SHIFT_11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
 
-@njit(cache=True)
+@kernel
 def mix_bits(z):
     """Finaliser of splitmix64: a bijection of 64-bit words that scatters neighbouring ones."""
     z = (z ^ (z >> SHIFT_30)) * MIX_1
@@ -320,14 +327,14 @@ def mix_bits(z):
     return z ^ (z >> SHIFT_31)
 
 
-@njit(cache=True)
+@kernel
 def uniform(battle):
     """Draw from U[0, 1)."""
     battle.random += GOLDEN
     return np.float64(mix_bits(battle.random) >> SHIFT_11) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True)
+@kernel
 def seed_battles(battles, seed):
     """Seed battle i from (seed, i)."""
     for e in range(len(battles)):
@@ -339,7 +346,7 @@ def seed_battles(battles, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def draw_team(battle, rules, types):
     """Fill `types` (n,) with independent draws; again, if all are the exception (SMACv2 package, weighted_teams)."""
     if len(types) == 0:
@@ -355,7 +362,7 @@ def draw_team(battle, rules, types):
             return
 
 
-@njit(cache=True)
+@kernel
 def draw_battle(battle, rules, types, points):
     """Draw both teams and where they ask to stand (SMACv2 package, weighted_teams and surrounded_and_reflect).
 
@@ -400,13 +407,13 @@ def draw_battle(battle, rules, types, points):
                 j += 1
 
 
-@njit(cache=True)
+@kernel
 def clamp(value, margin):
     """Keep a coordinate `margin` inside the map."""
     return min(max(value, margin), MAP_SIZE - margin)
 
 
-@njit(cache=True)
+@kernel
 def unpack_points(table, types, points):
     """Move each unit in turn to the free place nearest to its point, searched on rings a quarter cell apart."""
     for i in range(len(types)):
@@ -437,7 +444,7 @@ def unpack_points(table, types, points):
         points[i, 1] = clamp(points[i, 1], me.radius)
 
 
-@njit(cache=True)
+@kernel
 def place_unit(unit, table, kind, x, y, health, shield, cooldown, energy):
     """Set one unit without order; health 0 means dead."""
     unit.type = kind
@@ -451,6 +458,8 @@ def place_unit(unit, table, kind, x, y, health, shield, cooldown, energy):
     unit.calm = SHIELD_DELAY
     unit.speed = 0.0
     unit.moving = 0
+    unit.bumped = 0
+    unit.side = 0
     unit.order = NO_ORDER
     unit.order_x = x
     unit.order_y = y
@@ -461,7 +470,7 @@ def place_unit(unit, table, kind, x, y, health, shield, cooldown, energy):
     unit.healed_at = -1
 
 
-@njit(cache=True)
+@kernel
 def clear_battle(e, world):
     """Set clocks and memories of battle e to those of a battle that has just begun."""
     battle = world.battles[e]
@@ -474,7 +483,7 @@ def clear_battle(e, world):
     world.first_row[e] = 0
 
 
-@njit(cache=True)
+@kernel
 def spawn_battle(e, world, rules):
     """Start a new battle e. Agents are sorted by (type, x, y), enemies keep their order (SMACv2 package)."""
     units, battle, table = world.units[e], world.battles[e], rules.table
@@ -507,7 +516,7 @@ def spawn_battle(e, world, rules):
         update_wipe(e, world, rules)
 
 
-@njit(cache=True)
+@kernel
 def first_max_reward(units, rules):
     """The package's reward scale as its first battle fixes it: win, kills, and all enemies' health and shields."""
     total = 200.0 + 10.0 * rules.num_enemies
@@ -521,20 +530,20 @@ def first_max_reward(units, rules):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def distance(a, b):
     """Distance of two units' centres."""
     return np.sqrt((a.x - b.x) ** 2 + (a.y - b.y) ** 2)
 
 
-@njit(cache=True)
+@kernel
 def can_attack(table, attacker, target):
     """Has the attacker a weapon that can be aimed at the target? (WoL unit catalogue)"""
     me = table[attacker.type]
     return me.damage > 0 and (me.hits_air > 0 or table[target.type].plane != AIR)
 
 
-@njit(cache=True)
+@kernel
 def hit(table, kind, target):
     """One hit of a `kind`'s weapon: shields first, then health behind the armour (WoL unit catalogue)."""
     weapon, body = table[kind], table[target.type]
@@ -547,13 +556,13 @@ def hit(table, kind, target):
         target.health = max(target.health - max(damage - body.armour, MIN_DAMAGE), 0.0)
 
 
-@njit(cache=True)
+@kernel
 def other_side(i, num_units, N):
     """Range of the unit indices that fight unit i."""
     return (N, num_units) if i < N else (0, N)
 
 
-@njit(cache=True)
+@kernel
 def hit_line(units, i, table, N):
     """Colossus: two sweeps along a line through the target, across the line of fire, over all ground enemies on it."""
     me, target = units[i], units[units[i].attack_target]
@@ -572,7 +581,7 @@ def hit_line(units, i, table, N):
                     hit(table, me.type, victim)
 
 
-@njit(cache=True)
+@kernel
 def hit_disc(units, i, table, N):
     """Baneling: one hit for every ground enemy that the disc around it touches."""
     low, high = other_side(i, len(units), N)
@@ -583,7 +592,7 @@ def hit_disc(units, i, table, N):
             hit(table, units[i].type, victim)
 
 
-@njit(cache=True)
+@kernel
 def release(units, i, table):
     """The end of unit i's wind-up: hit, launch the missile, start the beam, or blow up."""
     me = units[i]
@@ -604,7 +613,7 @@ def release(units, i, table):
             me.attack_timer = weapon.hit_gap
 
 
-@njit(cache=True)
+@kernel
 def break_off(unit):
     """Stop an attack that is still winding up; the weapon is ready again."""
     if unit.attack == WIND_UP:
@@ -612,7 +621,7 @@ def break_off(unit):
         unit.cooldown = 0.0
 
 
-@njit(cache=True)
+@kernel
 def continue_attack(units, i, table, N):
     """Advance unit i's attack by one loop."""
     me = units[i]
@@ -637,9 +646,52 @@ def continue_attack(units, i, table, N):
         me.attack = READY
 
 
-@njit(cache=True)
-def walk(me, table, x, y, stop_at):
-    """Walk straight towards (x, y) until `stop_at` away from it; True on arrival."""
+@kernel
+def stands_firm(units, i, j, N):
+    """Does unit j stand in i's way so that i cannot shove it? Friends without orders give way."""
+    b = units[j]
+    return not b.moving and ((i < N) != (j < N) or b.order == TARGET)
+
+
+@kernel
+def find_bodies(units, i, table, N, stride, bodies):
+    """Write to `bodies` who stands firm within a stride of touching unit i; returns their number."""
+    me, body = units[i], table[units[i].type]
+    far = body.separation + LARGEST_SEPARATION + stride
+    count = 0
+    for j in range(len(units)):
+        b = units[j]
+        dx, dy = b.x - me.x, b.y - me.y
+        square = dx * dx + dy * dy
+        if square < far * far and j != i and b.alive and stands_firm(units, i, j, N):
+            other = table[b.type]
+            if other.plane == body.plane and square < (body.separation + other.separation + stride) ** 2:
+                bodies[count] = j
+                count += 1
+    return count
+
+
+@kernel
+def is_free(units, i, table, bodies, x, y):
+    """Would unit i at (x, y) be no deeper in any of these bodies than it is now?"""
+    me = units[i]
+    for j in bodies:
+        b = units[j]
+        gap = table[me.type].separation + table[b.type].separation
+        square = (b.x - x) ** 2 + (b.y - y) ** 2
+        if square < gap * gap and square < (b.x - me.x) ** 2 + (b.y - me.y) ** 2:
+            return False
+    return True
+
+
+@kernel
+def walk(units, i, table, N, bodies, x, y, stop_at):
+    """Walk towards (x, y) until `stop_at` away from it, around what stands in the way; True on arrival.
+
+    A unit that has bumped into somebody turns by 30 to 120 degrees, to the side where it has to turn less, and keeps
+    to that side until the straight way is free again. `bodies` (U,) is scratch space.
+    """
+    me = units[i]
     dx, dy = x - me.x, y - me.y
     away = np.sqrt(dx * dx + dy * dy)
     left = away - stop_at
@@ -648,23 +700,42 @@ def walk(me, table, x, y, stop_at):
         return True
     body = table[me.type]
     me.speed = min(me.speed + body.acceleration, body.speed)
-    me.moving = 1
     stride = min(me.speed, left)
-    me.x += dx / away * stride
-    me.y += dy / away * stride
-    if stride == left:
-        me.speed = 0.0
-        return True
+    dx, dy = dx / away * stride, dy / away * stride
+    count = find_bodies(units, i, table, N, stride, bodies) if me.bumped or me.side != 0 else 0
+    me.bumped = 0
+    if is_free(units, i, table, bodies[:count], me.x + dx, me.y + dy):
+        me.side = 0
+        me.moving = 1
+        me.x += dx
+        me.y += dy
+        if stride == left:
+            me.speed = 0.0
+            return True
+        return False
+    for turn in range(1, 5):
+        cosine, sine = TURN_COSINES[turn], TURN_SINES[turn]
+        for side in (1, -1):
+            if me.side != -side:
+                turned_x, turned_y = dx * cosine - dy * sine * side, dx * sine * side + dy * cosine
+                if is_free(units, i, table, bodies[:count], me.x + turned_x, me.y + turned_y):
+                    me.side = side
+                    me.moving = 1
+                    me.x += turned_x
+                    me.y += turned_y
+                    return False
+    me.side = 0
     return False
 
 
-@njit(cache=True)
-def heal(me, patient, table, clock):
+@kernel
+def heal(units, i, table, N, bodies, clock):
     """Medivac: stay within range of the patient and restore health for energy, one healer per patient and loop."""
+    me, patient = units[i], units[units[i].target]
     body = table[patient.type]
     reach = HEAL_RANGE + table[me.type].radius + body.radius
     if distance(me, patient) > reach:
-        walk(me, table, patient.x, patient.y, reach)
+        walk(units, i, table, N, bodies, patient.x, patient.y, reach)
         return
     me.speed = 0.0
     if patient.healed_at < clock and 0 < patient.health < body.health:
@@ -675,15 +746,15 @@ def heal(me, patient, table, clock):
             me.energy = max(me.energy - amount * HEAL_COST, 0.0)
 
 
-@njit(cache=True)
-def obey(units, i, table, battle):
+@kernel
+def obey(units, i, table, battle, N, bodies):
     """Let unit i follow its order for one loop."""
     me = units[i]
     me.moving = 0
     if me.attack == WIND_UP:
         return
     if me.order == MOVE:
-        if walk(me, table, me.order_x, me.order_y, 0.0):
+        if walk(units, i, table, N, bodies, me.order_x, me.order_y, 0.0):
             me.order = NO_ORDER
         return
     if me.order == TARGET and not units[me.target].alive:
@@ -694,11 +765,11 @@ def obey(units, i, table, battle):
     target = units[me.target]
     weapon = table[me.type]
     if me.type == MEDIVAC:
-        heal(me, target, table, battle.clock)
+        heal(units, i, table, N, bodies, battle.clock)
         return
     reach = weapon.reach + weapon.radius + table[target.type].radius
     if distance(me, target) > reach + 1e-9:
-        walk(me, table, target.x, target.y, reach)
+        walk(units, i, table, N, bodies, target.x, target.y, reach)
         return
     me.speed = 0.0
     if me.cooldown <= 0 and me.attack == READY:
@@ -710,7 +781,7 @@ def obey(units, i, table, battle):
             release(units, i, table)
 
 
-@njit(cache=True)
+@kernel
 def find_patient(units, i, table, N):
     """The hurt bio friend near enemy medivac i with the lowest health fraction, then the nearest; -1 for none."""
     best, best_fraction, best_away = -1, 1.0, np.inf
@@ -734,7 +805,7 @@ def find_patient(units, i, table, N):
     return best
 
 
-@njit(cache=True)
+@kernel
 def command_enemies(units, table, battle, N):
     """Orders of the enemies that have none.
 
@@ -781,7 +852,7 @@ def command_enemies(units, table, battle, N):
             me.target = noticed
 
 
-@njit(cache=True)
+@kernel
 def push_apart(units, table, N):
     """Separate overlapping bodies of a plane, one sweep over all pairs; then hold everybody inside the border.
 
@@ -793,13 +864,14 @@ def push_apart(units, table, N):
         if not a.alive:
             continue
         body = table[a.type]
+        far = body.separation + LARGEST_SEPARATION
         for j in range(i + 1, len(units)):
             b = units[j]
-            if not b.alive:
-                continue
             dx, dy = b.x - a.x, b.y - a.y
-            gap = body.separation + table[b.type].separation
             square = dx * dx + dy * dy
+            if square >= far * far or not b.alive:
+                continue
+            gap = body.separation + table[b.type].separation
             if square >= gap * gap or table[b.type].plane != body.plane:
                 continue
             away = np.sqrt(square)
@@ -807,9 +879,12 @@ def push_apart(units, table, N):
                 dx, dy, away = 1e-9, 0.0, 1e-9
             share = 0.5  # of the way that `a` takes
             if a.moving != b.moving and body.plane != AIR:
-                standing = b if a.moving else a
-                if (i < N) != (j < N) or standing.order == TARGET:
-                    share = 1.0 if a.moving else 0.0
+                if a.moving and stands_firm(units, i, j, N):
+                    share = 1.0
+                    a.bumped = 1
+                elif b.moving and stands_firm(units, j, i, N):
+                    share = 0.0
+                    b.bumped = 1
             push = (gap - away) / away
             a.x -= dx * push * share
             a.y -= dy * push * share
@@ -822,7 +897,7 @@ def push_apart(units, table, N):
         unit.y = clamp(unit.y, radius)
 
 
-@njit(cache=True)
+@kernel
 def bury_dead(units, table, N):
     """Take units without health off the field; a baneling's death hurts others, so go on until nobody dies."""
     again = True
@@ -839,7 +914,7 @@ def bury_dead(units, table, N):
                     again = True
 
 
-@njit(cache=True)
+@kernel
 def play_loop(units, table, battle, N):
     """Advance a battle by one loop. Who dies in it still acts in it: both sides can fall together."""
     for i in range(len(units)):
@@ -857,9 +932,10 @@ def play_loop(units, table, battle, N):
         if units[i].attack != READY:
             continue_attack(units, i, table, N)
     command_enemies(units, table, battle, N)
+    bodies = np.empty(len(units), np.int64)
     for i in range(len(units)):
         if units[i].alive:
-            obey(units, i, table, battle)
+            obey(units, i, table, battle, N, bodies)
     push_apart(units, table, N)
     bury_dead(units, table, N)
     battle.clock += 1
@@ -872,7 +948,7 @@ def play_loop(units, table, battle, N):
 NO_OP, STOP, NORTH, SOUTH, EAST, WEST, FIRST_TARGET = range(7)
 
 
-@njit(cache=True)
+@kernel
 def is_available(units, i, action, rules):
     """May agent i take this action? Distances are between centres and ignore whether the weapon can hit."""
     me = units[i]
@@ -896,7 +972,7 @@ def is_available(units, i, action, rules):
     return units[j].alive and distance(me, units[j]) <= rules.table[me.type].mask_range
 
 
-@njit(cache=True)
+@kernel
 def give_order(units, i, action, rules):
     """Turn an available action of agent i into an order, which lasts until the next one."""
     me = units[i]
@@ -920,7 +996,7 @@ def give_order(units, i, action, rules):
         me.order_y = clamp(me.y + MOVE_AMOUNT * ((action == NORTH) - (action == SOUTH)), radius)
 
 
-@njit(cache=True)
+@kernel
 def update_wipe(e, world, rules):
     """Bookkeeping of the package's row wipe (since June 2023), before each observation.
 
@@ -954,29 +1030,33 @@ def update_wipe(e, world, rules):
                 first_row[i] = j + 1
 
 
-@njit(cache=True)
-def write_features(row, unit, body, rules):
-    """Write shield (protoss) and type bits to the start of `row`, which is zero."""
-    k = 0
+@kernel
+def write_features(row, k, unit, body, rules):
+    """Write shield (protoss) and type bits at row[k], which is zero."""
     if rules.has_shields:
-        row[0] = unit.shield / body.shield
-        k = 1
+        row[k] = unit.shield / body.shield
+        k += 1
     row[k + int(body.bit)] = 1.0
 
 
-@njit(cache=True)
-def write_other(row, me, other, column_0, table, rules):
-    """Write one enemy or ally row of an observation: column 0, distance, direction, health, shield, type."""
-    sight, body = table[me.type].sight, table[other.type]
-    row[0] = column_0
-    row[1] = distance(me, other) / sight
-    row[2] = (other.x - me.x) / sight
-    row[3] = (other.y - me.y) / sight
-    row[4] = other.health / body.health
-    write_features(row[5:], other, body, rules)
+@kernel
+def write_other(row, k, me, other, column_0, table, rules):
+    """Write an enemy or ally at row[k]: column 0, distance, direction, health, shield, type; nothing if out of sight.
+
+    (An offset instead of a slice, because each slice costs as much as the row.)
+    """
+    sight, away = table[me.type].sight, distance(me, other)
+    if other.alive and away < sight:
+        body = table[other.type]
+        row[k] = column_0
+        row[k + 1] = away / sight
+        row[k + 2] = (other.x - me.x) / sight
+        row[k + 3] = (other.y - me.y) / sight
+        row[k + 4] = other.health / body.health
+        write_features(row, k + 5, other, body, rules)
 
 
-@njit(cache=True)
+@kernel
 def write_views(units, first_row, last_actions, rules, obs, state, mask):
     """Write all agents' observations (N, O) and masks (N, A) and the state (S,) of one battle."""
     N, M, table = rules.num_agents, rules.num_enemies, rules.table
@@ -990,21 +1070,17 @@ def write_views(units, first_row, last_actions, rules, obs, state, mask):
         if not me.alive:
             continue
         row = obs[i]
-        sight = table[me.type].sight
         for k in range(4):
             row[k] = mask[i, NORTH + k]
         k = 4
         for j in range(M):
-            enemy = units[N + j]
-            if j >= first_row[i] and enemy.alive and distance(me, enemy) < sight:
+            if j >= first_row[i]:
                 # For a medivac this column says that the ally of the same number can be healed, as in the package.
-                write_other(row[k:], me, enemy, mask[i, FIRST_TARGET + j], table, rules)
+                write_other(row, k, me, units[N + j], mask[i, FIRST_TARGET + j], table, rules)
             k += width
         for j in range(N):
             if j != i:
-                ally = units[j]
-                if ally.alive and distance(me, ally) < sight:
-                    write_other(row[k:], me, ally, 1.0, table, rules)
+                write_other(row, k, me, units[j], 1.0, table, rules)
                 k += width
         body = table[me.type]
         row[k] = me.health / body.health
@@ -1027,7 +1103,7 @@ def write_views(units, first_row, last_actions, rules, obs, state, mask):
                 state[k + 1] = loops_or_energy / body.cooldown_divisor
             state[position] = (unit.x - PLAYABLE_HALF) / MAP_SIZE
             state[position + 1] = (unit.y - PLAYABLE_HALF) / MAP_SIZE
-            write_features(state[position + 2 :], unit, body, rules)
+            write_features(state, position + 2, unit, body, rules)
         k = position + 5 + shields
     for i in range(N):
         if last_actions[i] >= 0:
@@ -1040,7 +1116,7 @@ def write_views(units, first_row, last_actions, rules, obs, state, mask):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def count_alive(units, low, high, fighters_only):
     """Living units among low..high-1, without medivacs if `fighters_only`."""
     count = 0
@@ -1050,7 +1126,7 @@ def count_alive(units, low, high, fighters_only):
     return count
 
 
-@njit(cache=True)
+@kernel
 def enemy_pool(units, N):
     """Health and shields of the enemies that live."""
     total = 0.0
@@ -1060,7 +1136,7 @@ def enemy_pool(units, N):
     return total
 
 
-@njit(cache=True)
+@kernel
 def judge(units, rules):
     """(battle over, battle won) after a step, in the package's order of checks: loss, win, draw."""
     N, U = rules.num_agents, len(units)
@@ -1072,7 +1148,7 @@ def judge(units, rules):
     return allies == 0 and enemies == 0, False
 
 
-@njit(cache=True)
+@kernel
 def step_battle(e, world, rules, actions, new, final, outcome):
     """Play one env step of battle e; where it ends, write the `final` views and start the next battle."""
     units, battle = world.units[e], world.battles[e]
@@ -1106,7 +1182,7 @@ def step_battle(e, world, rules, actions, new, final, outcome):
     write_views(units, world.first_row[e], world.last_actions[e], rules, new.obs[e], new.state[e], new.mask[e])
 
 
-@njit(cache=True)
+@kernel
 def first_unavailable(world, rules, actions, num_actions):
     """Flat index into actions (E, N) of the first one that is not available, or -1."""
     for e in range(actions.shape[0]):
@@ -1117,7 +1193,7 @@ def first_unavailable(world, rules, actions, num_actions):
     return -1
 
 
-@njit(cache=True)
+@kernel
 def step_all(world, rules, actions, new, final, outcome):
     """Step every battle on this thread. Returns -1, or the flat index of an unavailable action, nothing being done."""
     wrong = first_unavailable(world, rules, actions, new.mask.shape[2])
@@ -1127,7 +1203,7 @@ def step_all(world, rules, actions, new, final, outcome):
     return wrong
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, error_model="numpy", parallel=True)
 def step_all_parallel(world, rules, actions, new, final, outcome):
     """step_all on all of numba's threads; the same results."""
     wrong = first_unavailable(world, rules, actions, new.mask.shape[2])
@@ -1137,7 +1213,7 @@ def step_all_parallel(world, rules, actions, new, final, outcome):
     return wrong
 
 
-@njit(cache=True)
+@kernel
 def spawn_all(world, rules, set_scale):
     """Start a new battle everywhere; `set_scale` lets the first one fix the reward scale."""
     for e in range(len(world.battles)):
@@ -1146,7 +1222,7 @@ def spawn_all(world, rules, set_scale):
             world.battles[e].max_reward = first_max_reward(world.units[e], rules)
 
 
-@njit(cache=True)
+@kernel
 def view_all(world, rules, new):
     """Write every battle's views without touching the battles."""
     for e in range(len(world.battles)):
@@ -1161,7 +1237,7 @@ def view_all(world, rules, new):
         )
 
 
-@njit(cache=True)
+@kernel
 def load_all(e, world, rules, types, numbers):
     """Put the given units, types (U,) and numbers (U, 6), in the place of battle e's."""
     for i in range(len(types)):
@@ -1353,8 +1429,8 @@ class SMACv2Sim:
         )
         self._untouched = False
         # Waking the threads costs more than a few battles take.
-        kernel = step_all_parallel if E >= 16 and numba.get_num_threads() > 1 else step_all
-        wrong = kernel(self._world, self._rules, actions, views, self._final, outcome)
+        step_battles = step_all_parallel if E >= 16 and numba.get_num_threads() > 1 else step_all
+        wrong = step_battles(self._world, self._rules, actions, views, self._final, outcome)
         if wrong >= 0:
             e, agent = divmod(wrong, self.num_agents)
             allowed = [a for a in range(self.num_actions) if is_available(self._world.units[e], agent, a, self._rules)]

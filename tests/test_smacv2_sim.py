@@ -740,7 +740,7 @@ def test_baneling_disc(killed):
     else:
         # The first enemy's edge is 0.15 from the baneling's: within its range of 0.25.
         order(units(env)[0], 2)
-        sim.obey(units(env), 0, env._rules.table, env._world.battles[0])
+        sim.obey(units(env), 0, env._rules.table, env._world.battles[0], 2, np.empty(7, np.int64))
         sim.bury_dead(units(env), env._rules.table, 2)
     assert units(env)["alive"].tolist() == [0, 1, 0, 0, 1, 1, 1]
     assert units(env)["health"].tolist() == [0, 35, 0, 0, 35, 80 - 35, 30 - 20]
@@ -921,9 +921,24 @@ def test_a_walker_cannot_shove_an_enemy_aside():
     units(env)["cooldown"][1] = 99
     loops(env, 1)
     act(env, EAST)
-    loops(env, 8)
-    assert units(env)["x"][1] == 11
-    assert units(env)["x"][0] <= 10.25 + 1e-9
+    for _ in range(8):
+        loops(env, 1)
+        first, second = units(env)
+        assert (second["x"], second["y"]) == (11, 10)
+        assert np.hypot(first["x"] - 11, first["y"] - 10) >= 0.75 - 1e-9
+    assert abs(first["y"] - 10) > 0.3  # it passes round instead
+
+
+@pytest.mark.parametrize(("name", "target"), [("zergling", "hydralisk"), ("zealot", "zealot")])
+def test_melee_units_in_a_column_pass_around_the_first_to_surround_their_target(name, target):
+    column = [unit(name, 14 + k, 16) for k in range(5)]
+    env = battle([unit(target, 10, 16)], column)
+    struck = np.zeros(6, bool)
+    for _ in range(200):
+        loops(env, 1)
+        units(env)["health"][0] = TYPES[target].health
+        struck |= units(env)["cooldown"] > 0
+    assert struck[1:].all()
 
 
 @pytest.mark.parametrize("name", ["colossus", "zealot", "stalker"])
