@@ -113,6 +113,9 @@ class Args:
     """simulator: imitate the observation fault of smacv2 since June 2023"""
 
 
+FIXED = ("map", "num_envs", "seed", "mixer", "use_g", "use_f")  # what a resumed run cannot change
+
+
 class InputError(ValueError):
     """Something the user can put right, told in one sentence. On the command line: exit code 2, no traceback."""
 
@@ -279,7 +282,26 @@ class Critic(nn.Module):
         return stage1 if self.g is None else self.g(stage1, state)
 
 
+class Networks(nn.Module):
+    """All networks of a run: the critic theta, its target copy theta-bar, and f, phi, trained by L_pi (Eq. 14)."""
+
+    def __init__(self, env: SMACv2Sim, args: Args):
+        super().__init__()
+        self.critic = Critic(env, args)
+        self.target = copy.deepcopy(self.critic)
+        self.f = TransformF(env.state_size, env.num_agents) if args.use_f else None
+
+    def parameter_groups(self) -> list[dict]:
+        """What Adam trains; the gradient norm is clipped for each group by itself."""
+        return [{"params": list(network.parameters())} for network in (self.critic, self.f) if network is not None]
+
+
 # --- Policy -----------------------------------------------------------------------------------------------------------
+
+
+def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
+    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -293,19 +315,14 @@ def sample_action(log_policy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (log_policy + gumbel).masked_fill(~mask, -torch.inf).argmax(-1)
 
 
-def soft_log_policy(critic: Critic, f: TransformF | None, alpha: float, stage1, state, mask) -> torch.Tensor:
+def soft_log_policy(networks: Networks, stage1, state, mask, alpha: float) -> torch.Tensor:
     """log pi_i(u | o_i, s) = log softmax(f_i(g_i(f^stage1(o_i), s), s) / alpha) (Eq. 15).
 
     stage1 (R, N, A) are the outputs of the agent network, state (R, S), mask (R, N, A); returns (R, N, A).
     """
-    logits = critic.local_q(stage1, state)
-    logits = logits if f is None else f(logits, state)
+    q_i = networks.critic.local_q(stage1, state)
+    logits = q_i if networks.f is None else networks.f(q_i, state)
     return masked_log_policy(logits.float() / alpha, mask)  # mask last: the division must not see -inf
-
-
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 # --- Replay of whole episodes -----------------------------------------------------------------------------------------
@@ -464,8 +481,9 @@ def td_lambda_targets(
     return targets
 
 
-def compute_losses(critic: Critic, target: Critic, f: TransformF | None, batch: Batch, args: Args):
-    """L_Q (Eq. 13), L_pi (Eq. 14) and, to be logged, the means of Q_tot and of the policy's entropy in nats."""
+def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L_Q (Eq. 13) + L_pi (Eq. 14), and what to log: both, the means of Q_tot and of the policy's entropy in nats."""
+    critic, target, f = networks.critic, networks.target, networks.f
     now, after, action = batch.now, batch.now + 1, batch.action.unsqueeze(-1)  # (R,), (R,), (R, N, 1)
     last_action = torch.full(batch.obs.shape[:2], -1, device=batch.obs.device)  # (M, N)
     last_action[after] = batch.action
@@ -476,7 +494,7 @@ def compute_losses(critic: Critic, target: Critic, f: TransformF | None, batch: 
 
     with torch.no_grad():
         next_state, next_mask = batch.state[after], batch.mask[after]
-        log_policy = soft_log_policy(critic, f, args.alpha, stage1[after], next_state, next_mask)  # (R, N, A)
+        log_policy = soft_log_policy(networks, stage1[after], next_state, next_mask, args.alpha)  # (R, N, A)
         next_action = sample_action(log_policy, next_mask).unsqueeze(-1)  # (R, N, 1), u'
         next_log_policy = log_policy.gather(-1, next_action).sum((1, 2))  # (R,)
         next_stage1 = target.agent.unroll(batch.obs, last_action, batch.groups)[after].gather(-1, next_action)
@@ -490,40 +508,41 @@ def compute_losses(critic: Critic, target: Critic, f: TransformF | None, batch: 
     td_error = q_tot - y
     weight = torch.where(td_error > 0, args.td_weight, 1.0)
     loss_q = 0.5 * (weight * td_error.square()).mean()  # the mean is over real steps, not over weights
-    loss_pi = torch.zeros((), device=q_tot.device)
+    loss_pi = torch.zeros_like(loss_q)
     if f is not None:  # gradients stop at Q_i and at Q_tot: this loss trains f alone
         loss_pi = 0.5 * (f(q_i.detach(), batch.state[now]).sum((1, 2)) - q_tot.detach()).square().mean()
-    return loss_q, loss_pi, {"losses/q_tot": q_tot.detach().mean(), "losses/entropy": entropy}
+    logs = {"td": loss_q.detach(), "policy": loss_pi.detach(), "q_tot": q_tot.detach().mean(), "entropy": entropy}
+    return loss_q + loss_pi, logs
 
 
-def update(critic: Critic, target: Critic, f: TransformF | None, optimizer: torch.optim.Adam, batch: Batch, args: Args):
-    """One gradient step on L_Q for theta and on L_pi for phi. Adam is per parameter: one optimiser serves both."""
-    loss_q, loss_pi, logs = compute_losses(critic, target, f, batch, args)
+def update(networks: Networks, optimizer: torch.optim.Adam, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step. Adam works parameter by parameter, so one optimiser does for all losses; returns the logs."""
+    loss, logs = compute_losses(networks, batch, args)
     optimizer.zero_grad()
-    (loss_q + loss_pi).backward()
+    loss.backward()
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
     optimizer.step()
     if args.tau < 1:
-        move_target(critic, target, args.tau)
-    return {"losses/td": loss_q.detach(), "losses/policy": loss_pi.detach(), **logs}
+        move_target(networks, args.tau)
+    return logs
 
 
 @torch.no_grad()
-def move_target(critic: Critic, target: Critic, tau: float) -> None:
+def move_target(networks: Networks, tau: float) -> None:
     """theta-bar <- tau theta + (1 - tau) theta-bar (Algorithm 1); tau = 1 copies."""
-    for ours, theirs in zip(critic.parameters(), target.parameters(), strict=True):
-        theirs.lerp_(ours, tau)
+    for online, target in zip(networks.critic.parameters(), networks.target.parameters(), strict=True):
+        target.lerp_(online, tau)
 
 
 # --- Acting and evaluation --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def act(critic: Critic, f: TransformF | None, view: dict[str, torch.Tensor], last_action, hidden, alpha: float):
+def act(networks: Networks, view: dict[str, torch.Tensor], last_action, hidden, alpha: float):
     """Sample from the soft policy, independently for each environment and agent: action (E, N), hidden (E, N, H)."""
-    stage1, hidden = critic.agent.step(view["obs"], last_action, hidden)  # (E, N, A)
-    log_policy = soft_log_policy(critic, f, alpha, stage1, view["state"], view["mask"])
+    stage1, hidden = networks.critic.agent.step(view["obs"], last_action, hidden)  # (E, N, A)
+    log_policy = soft_log_policy(networks, stage1, view["state"], view["mask"], alpha)
     return sample_action(log_policy, view["mask"]), hidden
 
 
@@ -649,7 +668,7 @@ def load_checkpoint(args: Args, backend: str) -> dict:
     """The training state to go on from, with its replay if there is one; InputError if it does not fit the options."""
     folder = checkpoint_folder(args.resume)
     saved = load_file(folder / "training.pt", "checkpoint")
-    for name in ("map", "mixer", "use_g", "use_f", "num_envs", "seed"):
+    for name in FIXED:
         if saved["args"][name] != getattr(args, name):
             option, ours, theirs = name.replace("_", "-"), getattr(args, name), saved["args"][name]
             raise InputError(f"--{option} is {ours}, but {folder} was trained with {theirs}: leave the option out.")
@@ -730,7 +749,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     run_dir = make_run_dir(args, backend)
     config = json.dumps({"args": dataclasses.asdict(args), **about}, indent=2)
     write_file(run_dir / "config.json", config)
-    print(f"{banner(backend)}\n{args.map}, alpha {args.alpha}, seed {args.seed}, {device} -> {run_dir}", flush=True)
+    print(f"{banner(backend)}\n{args.map}, seed {args.seed}, {device} -> {run_dir}", flush=True)
     writer = SummaryWriter(str(run_dir), purge_step=saved["step"] + 1 if saved else None)
     writer.add_text("backend", banner(backend))
     writer.add_text("config", f"```\n{config}\n```")
@@ -739,16 +758,13 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args, args.num_envs, args.seed), make_eval_env(args)
-    critic = Critic(env, args).to(device)
-    target = copy.deepcopy(critic)
-    f = TransformF(env.state_size, env.num_agents).to(device) if args.use_f else None
-    groups = [critic.parameters()] if f is None else [critic.parameters(), f.parameters()]
-    optimizer = torch.optim.Adam([{"params": list(group)} for group in groups], lr=args.learning_rate)
+    networks = Networks(env, args).to(device)
+    optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
     replay = Replay(args.buffer_size, choose_buffer_device(args, env, device))
     recorder = Recorder(env)
     obs, info = env.reset()
     view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}  # (E, N, O), (E, S), (E, N, A)
-    hidden = torch.zeros(args.num_envs, env.num_agents, critic.agent.hidden_size, device=device)
+    hidden = torch.zeros(args.num_envs, env.num_agents, networks.critic.agent.hidden_size, device=device)
     last_action = torch.full((args.num_envs, env.num_agents), -1, device=device)
     step = episodes = updates = 0
     seconds_before, metrics = 0.0, []
@@ -756,10 +772,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     if saved:
         step, episodes, updates = saved["step"], saved["episodes"], saved["updates"]
         seconds_before, metrics = saved["seconds"], saved["metrics"]
-        critic.load_state_dict(saved["critic"])
-        target.load_state_dict(saved["target"])
-        if f is not None:
-            f.load_state_dict(saved["f"])
+        networks.load_state_dict(saved["networks"])
         optimizer.load_state_dict(saved["optimizer"])
         env.set_state(to_arrays(saved["env"]))
         recorder.arrays, view = to_arrays(saved["recorder"]), to_arrays(saved["view"])
@@ -778,8 +791,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         training = {
             "kind": f"{ALGORITHM} checkpoint", "args": dataclasses.asdict(args), **about, "metrics": metrics,
             "step": step, "episodes": episodes, "updates": updates,
-            "seconds": seconds_before + time.time() - start_time, "critic": critic.state_dict(),
-            "target": target.state_dict(), "f": f.state_dict() if f is not None else None,
+            "seconds": seconds_before + time.time() - start_time, "networks": networks.state_dict(),
             "optimizer": optimizer.state_dict(), "env": to_tensors(env.get_state()),
             "recorder": to_tensors(recorder.arrays), "view": to_tensors(view),
             "hidden": hidden, "last_action": last_action, "torch_rng": torch.get_rng_state(),
@@ -788,13 +800,13 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         policy = {
             "kind": f"{ALGORITHM} policy", "args": dataclasses.asdict(args), **about, "map": args.map,
             "obs_size": env.obs_size, "num_agents": env.num_agents, "num_actions": env.num_actions,
-            "agent": critic.agent.state_dict(),
+            "agent": networks.critic.agent.state_dict(),
         }  # fmt: skip
-        save_checkpoint(run_dir, step, training, policy, replay if args.checkpoint_replay else None)
+        save_checkpoint(run_dir, step, training, policy, replay if args.checkpoint_replay and len(replay) else None)
 
     def test() -> None:
         battles = evaluation_seed(args.seed, step // args.eval_interval)  # the same in a resumed run
-        result = evaluate(critic.agent, eval_env, args.eval_episodes, battles, device)
+        result = evaluate(networks.critic.agent, eval_env, args.eval_episodes, battles, device)
         seconds = time.time() - start_time
         metrics.append({
             "step": step, "episodes": episodes, "updates": updates,
@@ -817,7 +829,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     while step < args.total_timesteps and not (stop and stop.is_set()):
         # Act in all environments
         recorder.observe(np.arange(args.num_envs), view)
-        last_action, hidden = act(critic, f, to_tensors(view, device), last_action, hidden, args.alpha)
+        last_action, hidden = act(networks, to_tensors(view, device), last_action, hidden, args.alpha)
         action = last_action.cpu().numpy()
         obs, reward, terminated, truncated, info = env.step(action)
         recorder.act(action, reward, terminated)
@@ -838,15 +850,15 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
             episodes += 1
             writer.add_scalar("charts/episodic_return", episode["reward"].sum(), step)
             if len(replay) >= args.batch_size and episodes % args.episodes_per_update == 0:
-                logs = update(critic, target, f, optimizer, replay.sample(args.batch_size, device), args)
+                logs = update(networks, optimizer, replay.sample(args.batch_size, device), args)
                 updates += 1
-                if not math.isfinite(logs["losses/td"] + logs["losses/policy"]):
+                if not math.isfinite(sum(logs.values())):
                     raise FloatingPointError(f"A loss is not finite at step {step} (update {updates}).")
                 if updates % 25 == 0:
                     for name, value in logs.items():
-                        writer.add_scalar(name, value, step)
+                        writer.add_scalar(f"losses/{name}", value, step)
             if args.tau == 1 and episodes % args.target_update_interval == 0:
-                move_target(critic, target, 1.0)
+                move_target(networks, 1.0)
 
         # Test and save
         if step // args.eval_interval > (step - args.num_envs) // args.eval_interval:

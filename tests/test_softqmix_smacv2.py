@@ -37,12 +37,12 @@ def small_args(run_dir, **changes) -> sq.Args:
 
 
 def make_networks(args: sq.Args, dtype=torch.float32):
-    """Untrained critic, a different target, f and the environment they are for."""
+    """Untrained networks, their target a different one, and the environment they are for."""
     sq.check_args(args)
     env = sq.make_env(args, 4, 0)
-    critic, target = sq.Critic(env, args).to(dtype), sq.Critic(env, args).to(dtype)
-    f = sq.TransformF(env.state_size, env.num_agents).to(dtype) if args.use_f else None
-    return critic, target, f, env
+    networks = sq.Networks(env, args)
+    networks.target = sq.Critic(env, args)
+    return networks.to(dtype), env
 
 
 def random_episode(env, length: int, rng, ended=True) -> dict[str, np.ndarray]:
@@ -119,10 +119,12 @@ def test_targets_equal_the_explicit_sum_of_k_step_returns(ended, poison):
 def test_losses_equal_a_loop_over_episodes_and_steps(flags, td_weight, monkeypatch):
     """Alignment in time, masks, gather, groups, padding, means: everything, against cell-by-cell Python."""
     args = small_args("unused", alpha=0.5, td_weight=td_weight, gamma=GAMMA, td_lambda=LAMBDA, **flags)
-    critic, target, f, env = make_networks(args, torch.float64)
+    networks, env = make_networks(args, torch.float64)
+    critic, target, f = networks.critic, networks.target, networks.f
     batch, episodes = make_batch(env, [3, 17, 5, 5, 30, 1], np.random.default_rng(1), torch.float64, cut_off=(1, 4))
     monkeypatch.setattr(sq, "sample_action", lambda log_policy, mask: log_policy.argmax(-1))  # u' without dice
-    loss_q, loss_pi, logs = sq.compute_losses(critic, target, f, batch, args)
+    loss, logs = sq.compute_losses(networks, batch, args)
+    assert loss == logs["td"] + logs["policy"]
 
     squares_q, squares_pi, entropies, q_tots = [], [], [], []
     for episode in episodes:
@@ -156,20 +158,32 @@ def test_losses_equal_a_loop_over_episodes_and_steps(flags, td_weight, monkeypat
         squares_pi += [0.5 * (a - b) ** 2 for a, b in zip(f_sum, q_tot, strict=True)]
         q_tots += q_tot
     expected = [np.mean(x) for x in (squares_q, squares_pi, q_tots, entropies)]
-    got = [x.item() for x in (loss_q, loss_pi, logs["losses/q_tot"], logs["losses/entropy"])]
+    got = [logs[name].item() for name in ("td", "policy", "q_tot", "entropy")]
     np.testing.assert_allclose(got, expected, rtol=1e-6)  # the policy is float32 from the logits on
 
 
-def test_gradients_stop_where_the_paper_says():
-    args = small_args("unused")
-    critic, target, f, env = make_networks(args)
+def test_gradients_stop_where_the_paper_says(monkeypatch):
+    """L_pi moves f alone: theta's gradient does not depend on f, nor f's on the rewards; the target has none."""
+    networks, env = make_networks(args := small_args("unused"))
     batch, _ = make_batch(env, [4, 7], np.random.default_rng(0))
-    for loss_index, reached, untouched in ((0, critic, f), (1, f, critic)):
-        for network in (critic, target, f):
-            network.zero_grad()
-        sq.compute_losses(critic, target, f, batch, args)[loss_index].backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in reached.parameters())
-        assert all(p.grad is None for network in (untouched, target) for p in network.parameters())
+    uniform = lambda networks, stage1, state, mask, alpha: sq.masked_log_policy(torch.zeros_like(stage1), mask)  # noqa: E731
+    monkeypatch.setattr(sq, "soft_log_policy", uniform)  # else f would enter the target through the entropy
+    monkeypatch.setattr(sq, "sample_action", lambda log_policy, mask: mask.float().argmax(-1))
+
+    def gradients(part):
+        networks.zero_grad()
+        sq.compute_losses(networks, batch, args)[0].backward()
+        assert all(p.grad is None for p in networks.target.parameters())
+        return torch.cat([p.grad.flatten() for p in part.parameters()])
+
+    theta, phi = gradients(networks.critic), gradients(networks.f)
+    assert theta.abs().sum() > 0
+    assert phi.abs().sum() > 0
+    batch.reward += 1
+    assert torch.equal(gradients(networks.f), phi)
+    batch.reward -= 1
+    random_parameters(networks.f, 0.5)
+    torch.testing.assert_close(gradients(networks.critic), theta)
 
 
 # --- Networks and policy ---
@@ -211,18 +225,19 @@ def test_vdn_is_the_sum():
 
 
 def test_grouped_sequences_equal_stepping_cell_by_cell():
-    critic, _, _, env = make_networks(small_args("unused"), torch.float64)
+    networks, env = make_networks(small_args("unused"), torch.float64)
+    agent = networks.critic.agent
     lengths = [40, 1, 7, 8, 9, 23]  # all different, so that the order in the batch is known
     batch, episodes = make_batch(env, lengths, np.random.default_rng(0), torch.float64)
     assert len(batch.groups) > 2
     last_action = torch.full(batch.obs.shape[:2], -1)
     last_action[batch.now + 1] = batch.action
-    unrolled = critic.agent.unroll(batch.obs, last_action, batch.groups).split([n + 1 for n in sorted(lengths)])
+    unrolled = agent.unroll(batch.obs, last_action, batch.groups).split([n + 1 for n in sorted(lengths)])
     for episode, values in zip(episodes, unrolled, strict=True):
         hidden = torch.zeros(1, env.num_agents, 64).double()
         last = torch.full((1, env.num_agents), -1)
         for t, expected in enumerate(values):
-            q, hidden = critic.agent.step(torch.tensor(episode["obs"][t : t + 1]).double(), last, hidden)
+            q, hidden = agent.step(torch.tensor(episode["obs"][t : t + 1]).double(), last, hidden)
             torch.testing.assert_close(q[0], expected, rtol=0, atol=1e-12)
             last = torch.tensor(episode["action"][t : t + 1]) if t < len(episode["action"]) else None
 
@@ -322,7 +337,7 @@ def read_metrics(run_dir, drop=("sps", "seconds")):
 
 def parameters_of(run_dir, step):
     saved = torch.load(Path(run_dir) / "checkpoints" / str(step) / "training.pt", weights_only=True)
-    return {f"{part}.{name}": value for part in ("critic", "target", "f") for name, value in saved[part].items()}
+    return saved["networks"]
 
 
 @pytest.fixture(scope="module")
@@ -390,29 +405,26 @@ def test_variants_train(flags, tmp_path):
 
 @pytest.mark.parametrize("tau", [1.0, 0.25])
 def test_target_networks_follow(tau):
-    critic, target, f, env = make_networks(args := small_args("unused", tau=tau))
-    optimizer = torch.optim.Adam([{"params": list(critic.parameters())}, {"params": list(f.parameters())}])
-    before, online_before = copy.deepcopy(target), copy.deepcopy(critic)
+    """tau < 1 moves them after every update; a copy is the training loop's, every target_update_interval episodes."""
+    networks, env = make_networks(args := small_args("unused", tau=tau))
+    before = copy.deepcopy(networks)
     batch, _ = make_batch(env, [4, 7], np.random.default_rng(0))
-    sq.update(critic, target, f, optimizer, batch, args)
-    assert not torch.equal(critic.agent.fc_in.weight, online_before.agent.fc_in.weight)
-    if tau == 1.0:  # copies are the training loop's, every target_update_interval episodes
-        sq.move_target(critic, before, tau)
-        pairs = zip(before.parameters(), critic.parameters(), strict=True)
-    else:
-        mixed = [tau * c + (1 - tau) * b for c, b in zip(critic.parameters(), before.parameters(), strict=True)]
-        pairs = zip(target.parameters(), mixed, strict=True)
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if tau == 1.0 else 1e-6)
+    sq.update(networks, torch.optim.Adam(networks.parameter_groups()), batch, args)
+    assert not torch.equal(networks.critic.agent.fc_in.weight, before.critic.agent.fc_in.weight)
+    if tau == 1.0:
+        assert torch.equal(networks.target.agent.fc_in.weight, before.target.agent.fc_in.weight)
+        sq.move_target(networks, tau)
+    parameters = [list(part.parameters()) for part in (networks.target, networks.critic, before.target)]
+    for moved, online, old in zip(*parameters, strict=True):
+        torch.testing.assert_close(moved, tau * online + (1 - tau) * old, rtol=0, atol=0 if tau == 1.0 else 1e-6)
 
 
 def test_gradient_norms_are_clipped_separately():
-    args = small_args("unused", max_grad_norm=1e-3)
-    critic, target, f, env = make_networks(args)
-    optimizer = torch.optim.SGD([{"params": list(critic.parameters())}, {"params": list(f.parameters())}], lr=1.0)
-    before = copy.deepcopy((critic, f))
-    sq.update(critic, target, f, optimizer, make_batch(env, [4, 7], np.random.default_rng(0))[0], args)
-    for old, new in zip(before, (critic, f), strict=True):
+    networks, env = make_networks(args := small_args("unused", max_grad_norm=1e-3))
+    before = copy.deepcopy(networks)
+    batch, _ = make_batch(env, [4, 7], np.random.default_rng(0))
+    sq.update(networks, torch.optim.SGD(networks.parameter_groups(), lr=1.0), batch, args)
+    for old, new in ((before.critic, networks.critic), (before.f, networks.f)):
         moved = sum((a - b).square().sum() for a, b in zip(old.parameters(), new.parameters(), strict=True)).sqrt()
         assert moved.item() == pytest.approx(1e-3, rel=1e-2)
 
@@ -436,11 +448,11 @@ class Poisoned:
 
 
 def test_evaluation_needs_no_state_and_counts_each_environment_alike():
-    critic, _, _, env = make_networks(small_args("unused"))
-    battles = [sq.evaluate(critic.agent, which, 12, 7, CPU) for which in (env, Poisoned(env))]
+    networks, env = make_networks(small_args("unused"))
+    battles = [sq.evaluate(networks.critic.agent, which, 12, 7, CPU) for which in (env, Poisoned(env))]
     assert battles[0] == battles[1]
     assert battles[0]["episodes"] == 12
-    assert sq.evaluate(critic.agent, env, 12, 8, CPU) != battles[0]
+    assert sq.evaluate(networks.critic.agent, env, 12, 8, CPU) != battles[0]
 
 
 @pytest.mark.parametrize(("episodes", "num_envs"), [(1, 1), (32, 32), (1000, 50), (97, 1), (128, 64)])
@@ -585,7 +597,9 @@ def test_a_signal_saves_a_checkpoint(signum, tmp_path):
     assert process.returncode == 130, errors
     assert "--resume" in errors
     assert "Traceback" not in errors
-    assert (sq.checkpoint_folder(str(tmp_path / "run")) / "replay.pt").exists()
+    stopped_at = int(sq.checkpoint_folder(str(tmp_path / "run")).name)
+    args = small_args(tmp_path / "run", resume=str(tmp_path / "run"), total_timesteps=stopped_at + 40)
+    assert sq.train(args)["env_steps"] == stopped_at + 40
 
 
 # --- And it learns ---
