@@ -1,0 +1,335 @@
+"""softqmix_matrix.py and qmix_matrix.py: their mathematics, their files, and who finds the optimum."""
+
+import ast
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import qmix_matrix
+import softqmix_matrix
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = (softqmix_matrix, qmix_matrix)
+WIDE = ((1, -2, 3), (0, 5, -1))  # 2 x 3: the first agent has an action less
+
+pytestmark = pytest.mark.usefixtures("fixed_seed")
+both = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+
+
+@pytest.fixture
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_seeds(script, seeds=(1, 2, 3), td_weight=(1.0, 0.3, 0.1), payoff=softqmix_matrix.GAMES["table1"], **settings):
+    return script.Seeds(script.Game(payoff), script.Args(**settings), list(seeds), list(td_weight))
+
+
+def advance(learners, updates: int):
+    """Play until so many updates are done."""
+    while updates:
+        updates -= "losses/td" in learners.advance()
+    return learners
+
+
+def randomise(module, scale=3.0):
+    """Any parameters, not only those near the initialisation."""
+    for p in module.parameters():
+        p.data = torch.randn_like(p) * scale / p.shape[-1] ** 0.5
+    return module
+
+
+# --- networks ---
+
+
+def test_agent_is_a_gru_from_a_zero_hidden_state(float64):
+    agent, cell = softqmix_matrix.Agent(2, 3), torch.nn.GRUCell(64, 64)
+    cell.weight_ih.data, cell.bias_ih.data = agent.gru.weight.data, agent.gru.bias.data
+    cell.bias_hh.data = agent.gru_hidden_bias.data
+    obs = torch.randn(2, 1)
+    x = torch.relu(agent.fc_in(torch.cat([obs, torch.eye(2)], dim=1)))
+    torch.testing.assert_close(agent(obs), agent.fc_out(cell(x)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_mixer_is_monotonic_and_transformations_keep_the_order(trial, float64):
+    torch.manual_seed(trial)
+    state = torch.randn(7, 1)
+    mixer = randomise(softqmix_matrix.Mixer(1, 2))
+    q = torch.randn(7, 2, requires_grad=True)
+    (slope,) = torch.autograd.grad(mixer(q, state).sum(), q)
+    assert (slope >= 0).all()
+    assert (slope > 0).any()
+    x = torch.randn(7, 2, 5).sort(dim=-1).values * 10
+    assert (randomise(softqmix_matrix.TransformG(1, 2))(x, state).diff(dim=-1) >= x.diff(dim=-1) - 1e-9).all()
+    f = randomise(softqmix_matrix.TransformF(1, 2))(x, state).diff(dim=-1)
+    assert (f >= 0).all()
+    assert (f > 0).any()
+
+
+@both
+def test_q_tot_of_every_joint_action_is_the_mixers(script, float64):
+    game = script.Game(WIDE)
+    networks = script.Networks(game, script.Args())
+    values, state = networks(), torch.ones(1, 1)
+    q_i = networks.g(values.stage1[None], state)[0] if script is softqmix_matrix else values.stage1
+    for j, (row, column) in enumerate((i, k) for i in range(2) for k in range(3)):
+        q = torch.stack([q_i[0, row], q_i[1, column]])[None]
+        torch.testing.assert_close(values.q_tot[j], networks.mixer(q, state)[0])
+        assert game.joint(torch.tensor([row, column])) == j
+        if script is softqmix_matrix:
+            f = networks.f(q.unsqueeze(-1), state)
+            torch.testing.assert_close(values.f_sum[j], f.sum())
+
+
+# --- acting ---
+
+
+@both
+def test_acting_follows_the_policy_and_the_mask(script, float64):
+    settings = {"alpha": 0.3} if script is softqmix_matrix else {"epsilon_start": 0.6, "epsilon_finish": 0.6}
+    learners = make_seeds(script, payoff=WIDE, num_envs=20_000, buffer_size=20_000, total_timesteps=20_000, **settings)
+    pi = learners.test()["policy"]  # (K, N, A)
+    learners.advance()
+    counts = torch.stack([torch.bincount(joint, minlength=6) for joint in learners.replay_joint]).view(3, 2, 3)
+    assert (pi[:, 0, 2] == 0).all()  # the first agent's missing action
+    torch.testing.assert_close(pi.sum(-1), torch.ones(3, 2))
+    joint = pi[:, 0, :2, None] * pi[:, 1, None, :]
+    torch.testing.assert_close(counts / 20_000, joint, rtol=0, atol=0.016)  # 4.5 standard errors
+    assert joint.std() > 0.02  # else any policy would pass
+
+
+def test_soft_policy_is_equation_15(float64):
+    learners = make_seeds(softqmix_matrix, alpha=0.2)
+    values = learners.values()
+    expected = (values.logits / 0.2).exp() / (values.logits / 0.2).exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(learners.test()["policy"], expected)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (50, 0.6), (100, 0.2), (10**6, 0.2)])
+def test_epsilon_schedule(step, expected):
+    args = qmix_matrix.Args(epsilon_finish=0.2, epsilon_anneal_time=100)
+    assert qmix_matrix.epsilon_at(step, args) == pytest.approx(expected)
+
+
+# --- losses and update ---
+
+
+def test_losses_by_hand():
+    """Q_tot is (3, 1), the batch holds 3 against 1, 3 against 4 and 1 against 1.5: only the first is too high."""
+    values = softqmix_matrix.Values(None, torch.tensor([[3.0, 1.0]]), None, torch.tensor([[2.0, 5.0]]))
+    batch = torch.tensor([[0, 0, 1]]), torch.tensor([[1.0, 4.0, 1.5]])
+    loss_q, loss_pi = softqmix_matrix.compute_losses(values, *batch, torch.tensor([0.1]))
+    assert loss_q.item() == pytest.approx(0.5 * (0.1 * 4 + 1 + 0.25) / 3)
+    assert loss_pi.item() == pytest.approx(0.5 * (1 + 1 + 16) / 3)
+    plain = qmix_matrix.Values(None, values.q_tot)
+    assert qmix_matrix.compute_loss(plain, *batch, torch.tensor([0.1])).item() == loss_q.item()
+
+
+def test_gradients_stop_where_the_paper_says():
+    """L_Q trains agent, g and mixer, L_pi trains f, and neither touches the other's parameters."""
+    learners = make_seeds(softqmix_matrix)
+    batch = torch.randint(9, (3, 16)), torch.randn(3, 16)
+    names = list(learners.parameters)
+    for which, trained in enumerate((("agent.", "mixer.", "g."), ("f.",))):
+        loss = softqmix_matrix.compute_losses(learners.values(), *batch, learners.td_weight)[which].sum()
+        gradients = torch.autograd.grad(loss, list(learners.parameters.values()), allow_unused=True)
+        reached = {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+        assert reached == {name for name in names if name.startswith(trained)}
+    groups = [sum(p.numel() for p in group["params"]) for group in learners.optimizer.param_groups]
+    assert groups[1] == sum(p.numel() for name, p in learners.parameters.items() if name.startswith("f."))
+
+
+def test_clipping_is_per_seed():
+    gradients = [torch.randn(3, 4, 5) * torch.tensor([0.1, 1, 10]).view(3, 1, 1), torch.randn(3, 6)]
+    batched = [torch.zeros_like(g) for g in gradients]
+    for p, g in zip(batched, gradients, strict=True):
+        p.grad = g.clone()
+    softqmix_matrix.clip_grad_norm(batched, 3.0)
+    for k in range(3):
+        single = [torch.zeros_like(g[k]) for g in gradients]
+        for p, g in zip(single, gradients, strict=True):
+            p.grad = g[k].clone()
+        torch.nn.utils.clip_grad_norm_(single, 3.0)
+        for p, q in zip(single, batched, strict=True):
+            torch.testing.assert_close(p.grad, q.grad[k])
+
+
+@both
+def test_batched_seeds_equal_seeds_trained_one_by_one(script, float64):
+    seeds, weights = (5, 1, 9), (1.0, 0.3, 0.1)
+    batched = advance(make_seeds(script, seeds, weights), 50)
+    for k, (seed, weight) in enumerate(zip(seeds, weights, strict=True)):
+        single = advance(make_seeds(script, [seed], [weight]), 50)
+        assert torch.equal(single.replay_joint[0], batched.replay_joint[k])
+        for name, p in single.parameters.items():
+            torch.testing.assert_close(p[0], batched.parameters[name][k], rtol=0, atol=1e-9)
+    moved = (
+        make_seeds(script, seeds, weights).parameters["agent.fc_out.weight"] - batched.parameters["agent.fc_out.weight"]
+    )
+    assert (moved.flatten(1).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("changes", [{"use_g": False}, {"use_f": False}, {"use_g": False, "use_f": False}])
+def test_ablations_and_the_sum_learn(changes):
+    """Without f the policy is softmax(Q_i / alpha); with --mixer vdn Table 2(a)'s Q_tot is exactly additive."""
+    learners = advance(make_seeds(softqmix_matrix, mixer="vdn", **changes), 30)
+    q_tot = learners.test()["q_tot"]
+    torch.testing.assert_close(q_tot[:, 0, 0] + q_tot[:, 1, 1], q_tot[:, 0, 1] + q_tot[:, 1, 0])
+    fresh = make_seeds(softqmix_matrix, mixer="vdn", **changes).test()["q_tot"]
+    assert (q_tot - fresh).abs().amin() > 0
+    values = learners.values()
+    if changes == {"use_g": False, "use_f": False}:
+        assert torch.equal(values.logits, values.stage1)
+    assert any(name.startswith("f.") for name in learners.parameters) == changes.get("use_f", True)
+
+
+# --- scripts ---
+
+
+def run_script(monkeypatch, script, *options) -> int:
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+    return script.main()
+
+
+@both
+def test_from_the_command_line(script, tmp_path):
+    """Defaults, but 2,000 games (after 500 the outcome hardly changes): optimum with the weight, mostly not without."""
+    command = [sys.executable, f"{script.__name__}.py", "--run-dir", str(tmp_path), "--total-timesteps", "2000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    ours, theirs = summary, summary["weight_1"]
+    assert ours["seeds"] == theirs["seeds"] == list(range(1, 17))
+    assert (ours["td_weight"], theirs["td_weight"]) == (0.1, 1.0)
+    assert ours["successes"] >= 15
+    assert theirs["successes"] <= 8
+    for result in (ours, theirs):
+        optimal = sum(greedy == [0, 0] for greedy in result["greedy"])
+        assert result["successes"] == optimal == round(16 * result["success_rate"])
+        assert result["interval"][0] < result["success_rate"] < result["interval"][1] + 1e-12
+        assert f"optimal joint action in {optimal} of 16 seeds" in done.stdout
+        assert np.shape(result["q_tot"]) == (16, 3, 3)
+        np.testing.assert_allclose(np.sum(result["policy"], axis=-1), 1, atol=1e-5)
+    # Table 2(c), and its likeness for Soft-QMIX at weight 1: those that fail choose B or C, worth 0, and know it
+    failed = [k for k, greedy in enumerate(theirs["greedy"]) if 0 not in greedy]
+    assert len(failed) == 16 - theirs["successes"]
+    values = [theirs["q_tot"][k][row][column] for k in failed for row, column in [theirs["greedy"][k]]]
+    assert abs(np.median(values)) < 1
+    assert Image.open(tmp_path / "q_tot.png").width > 1000
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows[::2]] == [500, 1000, 1500, 2000]
+    assert [float(row["success_rate"]) for row in rows[-2:]] == [ours["success_rate"], theirs["success_rate"]]
+    for weight in ("0.1", "1"):
+        events = EventAccumulator(str(tmp_path / f"td_weight_{weight}")).Reload()
+        scalars = {"eval/success_rate", "eval/return_mean", "losses/td", "losses/q_tot", "charts/SPS"}
+        assert scalars <= set(events.Tags()["scalars"])
+        assert bool(events.Tags()["images"]) == (weight == "0.1")
+
+
+@both
+def test_own_payoff_of_any_shape(script, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "wide.csv"
+    path.write_text("\ufeff1, -2, 3\n\n0,9,-1\n", encoding="utf-8")  # with a byte order mark and an empty line
+    run_dir = tmp_path / "run"
+    options = ["--payoff", path, "--num-seeds", 2, "--total-timesteps", 600, "--run-dir", run_dir, "--td-weight", 1]
+    assert run_script(monkeypatch, script, *options) == 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["payoff"] == [[1, -2, 3], [0, 9, -1]]
+    assert [len(pi) for pi in summary["policy"][0]] == [2, 3]
+    assert all(row < 2 and column < 3 for row, column in summary["greedy"])
+    assert {key: summary[key] for key in summary["weight_1"]} == summary["weight_1"]  # trained once, not twice
+    assert capsys.readouterr().out.count("optimal joint action in") == 1
+    assert run_script(monkeypatch, script, *options) == 2  # the folder holds a run now
+    assert "already holds a run" in capsys.readouterr().err
+
+
+BAD_FILES = {
+    "ragged": "1,2\n3\n",
+    "words": "1,two\n",
+    "empty": "\n",
+    "nan": "1,nan\n",
+    "huge": "1,1e300\n",
+    "binary": "\0\1",
+}
+
+
+@both
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--payoff", name] for name in (*BAD_FILES, "no_such_game", ".")),
+        *(["--num-seeds", "0"], ["--total-timesteps", "-4"], ["--learning-rate", "0"], ["--max-grad-norm", "nan"]),
+        *(["--td-weight", "-1"], ["--seed", "-1"], ["--batch-size", "6000"], ["--total-timesteps", "100"]),
+        *(["--num-envs", "6000"], ["--eval-interval", "0"], ["--run-dir", "words/below"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_sentence(script, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in BAD_FILES.items():
+        Path(name).write_text(text)
+    assert run_script(monkeypatch, script, *options) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert options[0] in err
+    assert not out
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (softqmix_matrix, ["--alpha", "0"]),
+        (softqmix_matrix, ["--alpha", "inf"]),
+        (qmix_matrix, ["--epsilon-start", "1.5"]),
+        (qmix_matrix, ["--epsilon-finish", "-0.1"]),
+        (qmix_matrix, ["--epsilon-anneal-time", "-1"]),
+    ],
+)
+def test_bad_settings_of_one_script(script, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_script(monkeypatch, script, *options) == 2
+    assert options[0] in capsys.readouterr().err
+
+
+@both
+@pytest.mark.parametrize("options", [["--mixer", "qplex"], ["--num-seeds", "many"], ["--no-such-flag"]], ids=" ".join)
+def test_malformed_flags(script, options, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(monkeypatch, script, *options)
+    assert stopped.value.code == 2
+
+
+def test_wilson_interval():
+    """Against the definition: the proportions whose score test at 95 % does not reject 3 of 16."""
+    for bound in softqmix_matrix.wilson_interval(3, 16):
+        assert abs(3 / 16 - bound) / math.sqrt(bound * (1 - bound) / 16) == pytest.approx(1.959964)
+
+
+def test_twins_share_their_blocks():
+    """Everything that is the same in both scripts is the same letter by letter."""
+    sources = [(ROOT / f"{script.__name__}.py").read_text() for script in SCRIPTS]
+    soft, qmix = (
+        {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "name")}
+        for source in sources
+    )
+    different = {name for name in soft.keys() & qmix.keys() if soft[name] != qmix[name]}
+    assert different == {"Args", "check_args", "Values", "Networks", "policy", "act", "update", "Seeds", "train"}
