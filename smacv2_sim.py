@@ -16,7 +16,7 @@ numba. Results on it are comparable with each other; they are not results on Sta
     python benchmarks/simulator.py                 # steps per second
     pytest tests/test_smacv2_sim.py
 
-The first use compiles the kernels (half a minute) and keeps them in __pycache__.
+The first use compiles the kernels (about 15 seconds) and keeps them in __pycache__.
 
 Words: a *loop* is the game's smallest time unit, 1/16 of a catalogue ("data", game speed Normal) second; one
 environment step is 8 loops, half a data second. Lengths are map cells; the map is 32 x 32 and flat. Shapes: E battles
@@ -40,15 +40,18 @@ the weapon ready; missiles never miss a living target and outlive their shooter;
 hit end with their owner; a medivac follows its patient even at full health; units meet splash with their edge.
 """
 
+import functools
+import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 kernel = njit(cache=True, error_model="numpy")  # kept between runs; no check for division by zero, no fastmath
 
@@ -65,6 +68,8 @@ EPISODE_LIMIT = 200  # env steps, for every map (SMACv2 package)
 MOVE_AMOUNT = 2.0  # a move order aims at the point this far away
 MIN_MASK_RANGE = 2.0  # the package's min_attack_range
 PLAYABLE_HALF = MAP_SIZE / 2
+NUM_THREADS = numba.config.NUMBA_NUM_THREADS  # the cores of the machine, or the environment variable of that name
+UNITS_WORTH_THREADS = 320  # in all battles together
 
 GROUND, AIR, COLOSSUS_PLANE = 0, 1, 2  # bodies collide within their plane only: colossi step over everybody
 SINGLE_TARGET, LINE_SPLASH, DISC_SPLASH = 0, 1, 2
@@ -1193,24 +1198,11 @@ def first_unavailable(world, rules, actions, num_actions):
     return -1
 
 
-@kernel
-def step_all(world, rules, actions, new, final, outcome):
-    """Step every battle on this thread. Returns -1, or the flat index of an unavailable action, nothing being done."""
-    wrong = first_unavailable(world, rules, actions, new.mask.shape[2])
-    if wrong < 0:
-        for e in range(len(world.battles)):
-            step_battle(e, world, rules, actions, new, final, outcome)
-    return wrong
-
-
-@njit(cache=True, error_model="numpy", parallel=True)
-def step_all_parallel(world, rules, actions, new, final, outcome):
-    """step_all on all of numba's threads; the same results."""
-    wrong = first_unavailable(world, rules, actions, new.mask.shape[2])
-    if wrong < 0:
-        for e in prange(len(world.battles)):
-            step_battle(e, world, rules, actions, new, final, outcome)
-    return wrong
+@njit(cache=True, error_model="numpy", nogil=True)
+def step_battles(first, last, world, rules, actions, new, final, outcome):
+    """Step battles first..last-1. Releases Python's lock, so that threads can share the battles."""
+    for e in range(first, last):
+        step_battle(e, world, rules, actions, new, final, outcome)
 
 
 @kernel
@@ -1428,15 +1420,14 @@ class SMACv2Sim:
             dead_enemies=np.empty(E, np.int64),
         )
         self._untouched = False
-        # Waking the threads costs more than a few battles take.
-        step_battles = step_all_parallel if E >= 16 and numba.get_num_threads() > 1 else step_all
-        wrong = step_battles(self._world, self._rules, actions, views, self._final, outcome)
+        wrong = first_unavailable(self._world, self._rules, actions, self.num_actions)
         if wrong >= 0:
             e, agent = divmod(wrong, self.num_agents)
             allowed = [a for a in range(self.num_actions) if is_available(self._world.units[e], agent, a, self._rules)]
             raise ValueError(
                 f"environment {e}, agent {agent}: action {actions[e, agent]} is not available, allowed are {allowed}"
             )
+        _share_battles(E, self._world.units.size, self._world, self._rules, actions, views, self._final, outcome)
         info = {
             "state": views.state,
             "action_mask": views.mask,
@@ -1549,6 +1540,29 @@ class SMACv2Sim:
             getattr(self._world, name)[:] = saved[name]
 
 
+@functools.cache
+def _thread_pool(process, workers):
+    """Sleeping threads, new ones for a forked process."""
+    return ThreadPoolExecutor(workers)
+
+
+def _share_battles(num_envs, num_units, *arguments):
+    """step_battles on NUM_THREADS threads, each with its own part of the battles.
+
+    Not numba's own parallel loop: its threads wait by spinning, which on a busy machine made a step ten times slower.
+    Waking a thread takes as long as some hundred units' step, so that few battles stay on this one.
+    """
+    threads = min(NUM_THREADS, num_envs) if num_units >= UNITS_WORTH_THREADS else 1
+    ends = [num_envs * k // threads for k in range(threads + 1)]
+    rest = []
+    if threads > 1:
+        pool = _thread_pool(os.getpid(), threads - 1)
+        rest = [pool.submit(step_battles, ends[k], ends[k + 1], *arguments) for k in range(1, threads)]
+    step_battles(0, ends[1], *arguments)
+    for part in rest:
+        part.result()
+
+
 def _rows(values, chosen):
     """A copy of values (E, ...) with zeros where `chosen` (E,) is False."""
     rows = np.zeros_like(values)
@@ -1564,9 +1578,9 @@ def _announce_compilation():
     global _announced
     source = Path(__file__)
     folder = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else source.parent / "__pycache__"
-    kept = folder.rglob(f"{source.stem}.step_all-*.nbi")
+    kept = folder.rglob(f"{source.stem}.step_battles-*.nbi")
     if not _announced and not any(index.stat().st_mtime >= source.stat().st_mtime for index in kept):
-        print("smacv2_sim: compiling the battle kernels, once, half a minute", file=sys.stderr, flush=True)
+        print("smacv2_sim: compiling the battle kernels, once, about 15 seconds", file=sys.stderr, flush=True)
     _announced = True
 
 
