@@ -12,7 +12,7 @@ one core and on all. "CPU" figures are per second of processor time and hardly s
 SMAX (JaxMARL's simplification of SMACv2, PyPI jaxmarl 0.2.0) is a different game, so its figures say what its users get
 per second, not that the work is the same. It is measured where `import jaxmarl` works, in a process of its own per core
 setting, with its actions drawn from its masks inside the compiled loop, its fastest way; compilation is left out for
-both. The ratio is wall to wall at the same number of battles, cores and units, in this run.
+both. The ratios are wall to wall and CPU to CPU at the same number of battles, cores and units, in this run.
 """
 
 import argparse
@@ -151,9 +151,8 @@ def main():
     found = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
     print(f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}, Python {machine['python']}, {found}")
     has_smax = importlib.util.find_spec("jaxmarl") is not None
-    print(
-        f"{'env steps per second':18} {'battles':>7} {'cores':>5} {'wall':>9} {'CPU':>9} {'SMAX wall':>9} {'ratio':>6}"
-    )
+    smax_head = "   SMAX wall       CPU  ratios" if has_smax else ""
+    print(f"{'env steps per second':20} {'battles':>7} {'cores':>5} {'wall':>9} {'CPU':>9}{smax_head}")
     rows, smax_figures = [], {}
     for map_name in args.maps:
         for num_envs in args.battles:
@@ -165,10 +164,14 @@ def main():
                     key = smax_map, num_envs, cores  # once for the three races
                     if key not in smax_figures:
                         smax_figures[key] = measure_in_process("smax", smax_map, num_envs, args.seconds, cores)
-                    row |= {"smax": smax_figures[key], "ratio": row["wall"] / smax_figures[key]["wall"]}
+                    smax = smax_figures[key]
+                    row |= {"smax": smax, "ratio": {clock: row[clock] / smax[clock] for clock in smax}}
                 rows.append(row)
-                smax = f"{row['smax']['wall']:9,.0f} {row['ratio']:6.1f}" if smax_map else f"{'-':>9} {'-':>6}"
-                print(f"{map_name:20} {num_envs:7} {cores:5} {row['wall']:9,.0f} {row['cpu']:9,.0f} {smax}", flush=True)
+                line = f"{map_name:20} {num_envs:7} {cores:5} {row['wall']:9,.0f} {row['cpu']:9,.0f}"
+                if smax_map:
+                    line += f"   {smax['wall']:9,.0f} {smax['cpu']:9,.0f}"
+                    line += f" {row['ratio']['wall']:4.1f} {row['ratio']['cpu']:4.1f}"
+                print(line, flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
 
