@@ -450,7 +450,7 @@ def unpack_points(table, types, points):
 
 
 @kernel
-def place_unit(unit, table, kind, x, y, health, shield, cooldown, energy):
+def place_unit(unit, kind, x, y, health, shield, cooldown, energy):
     """Set one unit without order; health 0 means dead."""
     unit.type = kind
     unit.alive = 1 if health > 0 else 0
@@ -514,7 +514,7 @@ def spawn_battle(e, world, rules):
     for i in range(len(units)):
         me = table[types[i]]
         energy = START_ENERGY if types[i] == MEDIVAC else 0.0
-        place_unit(units[i], table, types[i], points[i, 0], points[i, 1], me.health, me.shield, 0.0, energy)
+        place_unit(units[i], types[i], points[i, 0], points[i, 1], me.health, me.shield, 0.0, energy)
     clear_battle(e, world)
     battle.phase = int(uniform(battle) * LOOPS_PER_STEP)
     if rules.enemy_wipe:
@@ -954,7 +954,7 @@ NO_OP, STOP, NORTH, SOUTH, EAST, WEST, FIRST_TARGET = range(7)
 
 
 @kernel
-def is_available(units, i, action, rules):
+def is_available(units, i, action, table, N, M):
     """May agent i take this action? Distances are between centres and ignore whether the weapon can hit."""
     me = units[i]
     if not me.alive:
@@ -968,13 +968,13 @@ def is_available(units, i, action, rules):
         return action != NO_OP
     j = action - FIRST_TARGET
     if me.type == MEDIVAC:  # heals the ally of this number
-        if j >= rules.num_agents or units[j].type == MEDIVAC:
+        if j >= N or units[j].type == MEDIVAC:
             return False
     else:
-        if j >= rules.num_enemies:
+        if j >= M:
             return False
-        j += rules.num_agents
-    return units[j].alive and distance(me, units[j]) <= rules.table[me.type].mask_range
+        j += N
+    return units[j].alive and distance(me, units[j]) <= table[me.type].mask_range
 
 
 @kernel
@@ -1036,19 +1036,19 @@ def update_wipe(e, world, rules):
 
 
 @kernel
-def write_features(row, k, unit, body, rules):
+def write_features(row, k, unit, body, has_shields):
     """Write shield (protoss) and type bits at row[k], which is zero."""
-    if rules.has_shields:
+    if has_shields:
         row[k] = unit.shield / body.shield
         k += 1
     row[k + int(body.bit)] = 1.0
 
 
 @kernel
-def write_other(row, k, me, other, column_0, table, rules):
+def write_other(row, k, me, other, column_0, table, has_shields):
     """Write an enemy or ally at row[k]: column 0, distance, direction, health, shield, type; nothing if out of sight.
 
-    (An offset instead of a slice, because each slice costs as much as the row.)
+    (Scalars and offsets instead of `rules` and slices, whose reference counts cost as much as the row.)
     """
     sight, away = table[me.type].sight, distance(me, other)
     if other.alive and away < sight:
@@ -1058,7 +1058,7 @@ def write_other(row, k, me, other, column_0, table, rules):
         row[k + 2] = (other.x - me.x) / sight
         row[k + 3] = (other.y - me.y) / sight
         row[k + 4] = other.health / body.health
-        write_features(row, k + 5, other, body, rules)
+        write_features(row, k + 5, other, body, has_shields)
 
 
 @kernel
@@ -1071,7 +1071,7 @@ def write_views(units, first_row, last_actions, rules, obs, state, mask):
     for i in range(N):
         me = units[i]
         for action in range(mask.shape[1]):
-            mask[i, action] = is_available(units, i, action, rules)
+            mask[i, action] = is_available(units, i, action, table, N, M)
         if not me.alive:
             continue
         row = obs[i]
@@ -1081,11 +1081,11 @@ def write_views(units, first_row, last_actions, rules, obs, state, mask):
         for j in range(M):
             if j >= first_row[i]:
                 # For a medivac this column says that the ally of the same number can be healed, as in the package.
-                write_other(row, k, me, units[N + j], mask[i, FIRST_TARGET + j], table, rules)
+                write_other(row, k, me, units[N + j], mask[i, FIRST_TARGET + j], table, rules.has_shields)
             k += width
         for j in range(N):
             if j != i:
-                write_other(row, k, me, units[j], 1.0, table, rules)
+                write_other(row, k, me, units[j], 1.0, table, rules.has_shields)
                 k += width
         body = table[me.type]
         row[k] = me.health / body.health
@@ -1108,7 +1108,7 @@ def write_views(units, first_row, last_actions, rules, obs, state, mask):
                 state[k + 1] = loops_or_energy / body.cooldown_divisor
             state[position] = (unit.x - PLAYABLE_HALF) / MAP_SIZE
             state[position + 1] = (unit.y - PLAYABLE_HALF) / MAP_SIZE
-            write_features(state, position + 2, unit, body, rules)
+            write_features(state, position + 2, unit, body, rules.has_shields)
         k = position + 5 + shields
     for i in range(N):
         if last_actions[i] >= 0:
@@ -1190,11 +1190,13 @@ def step_battle(e, world, rules, actions, new, final, outcome):
 @kernel
 def first_unavailable(world, rules, actions, num_actions):
     """Flat index into actions (E, N) of the first one that is not available, or -1."""
-    for e in range(actions.shape[0]):
-        for i in range(actions.shape[1]):
+    N, M, table = rules.num_agents, rules.num_enemies, rules.table
+    for e in range(len(actions)):
+        units = world.units[e]
+        for i in range(N):
             action = actions[e, i]
-            if not (0 <= action < num_actions and is_available(world.units[e], i, action, rules)):
-                return e * actions.shape[1] + i
+            if not (0 <= action < num_actions and is_available(units, i, action, table, N, M)):
+                return e * N + i
     return -1
 
 
@@ -1230,11 +1232,11 @@ def view_all(world, rules, new):
 
 
 @kernel
-def load_all(e, world, rules, types, numbers):
+def load_units(e, world, types, numbers):
     """Put the given units, types (U,) and numbers (U, 6), in the place of battle e's."""
     for i in range(len(types)):
         x, y, health, shield, cooldown, energy = numbers[i]
-        place_unit(world.units[e, i], rules.table, types[i], x, y, health, shield, cooldown, energy)
+        place_unit(world.units[e, i], types[i], x, y, health, shield, cooldown, energy)
     clear_battle(e, world)
 
 
@@ -1262,7 +1264,7 @@ def expected_max_reward(race, num_agents, num_enemies, unit_table="wol"):
 
     Exact, including the redrawing of teams made of the exception alone: with w its weight, h its health and m the mean
     health of an unrestricted draw, a unit of an n-team has mean (m - w^n h) / (1 - w^n); at n = 5 that differs from m
-    by 0.001 %. Source: SMACv2 package's max_reward, which is this sum for one drawn team.
+    by less than 0.001 %. Source: SMACv2 package's max_reward, which is this sum for one drawn team.
     """
     types, weights, exception = RACES[race]
     units = {unit.name: unit for unit in UNIT_TABLES[unit_table]}
@@ -1423,7 +1425,7 @@ class SMACv2Sim:
         wrong = first_unavailable(self._world, self._rules, actions, self.num_actions)
         if wrong >= 0:
             e, agent = divmod(wrong, self.num_agents)
-            allowed = [a for a in range(self.num_actions) if is_available(self._world.units[e], agent, a, self._rules)]
+            allowed = np.flatnonzero(self.observe(e)[2][agent]).tolist()
             raise ValueError(
                 f"environment {e}, agent {agent}: action {actions[e, agent]} is not available, allowed are {allowed}"
             )
@@ -1491,7 +1493,7 @@ class SMACv2Sim:
             last_actions = np.asarray(last_actions, np.int64)
             if last_actions.shape != (self.num_agents,) or not np.isin(last_actions, range(self.num_actions)).all():
                 raise ValueError(f"last_actions are {last_actions}, expected {self.num_agents} from 0 to A-1")
-        load_all(env_index, self._world, self._rules, types, numbers)
+        load_units(env_index, self._world, types, numbers)
         if last_actions is not None:
             self._world.last_actions[env_index] = last_actions
         if self.enemy_wipe:
