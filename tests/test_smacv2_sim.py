@@ -263,6 +263,14 @@ def test_views_equal_a_slow_recomputation(map_name):
         actions[terminated] = -1  # a new battle has no last actions
 
 
+def test_sight_ends_before_its_radius():
+    """An enemy exactly 10 away stays unseen by a stalker, while a range includes its end (6)."""
+    for away, seen, attackable in ((10, 0, False), (9.99, 1, False), (6, 1, True)):
+        obs, _, mask = battle([unit("stalker", 10, 16)], [unit("stalker", 10 + away, 16)]).observe(0)
+        assert obs[0, 4 + 4] == seen
+        assert mask[0, FIRST_TARGET] == attackable
+
+
 def test_medivac_reads_its_heal_mask_in_the_enemy_rows():
     allies = [unit("marine", 10 + i, 16) for i in range(4)] + [unit("medivac", 13, 17)]
     env = battle(allies, [unit("marine", 15 + i, 16) for i in range(5)])
@@ -370,6 +378,7 @@ def test_spawned_units_stand_apart_and_agents_are_sorted(map_name):
         assert agents == sorted(agents)
         assert (row["health"] == body["health"]).all()
         assert (row["energy"] == np.where(row["type"] == sim.MEDIVAC, 50, 0)).all()
+    assert set(env._world.battles["phase"]) == set(range(8))
 
 
 # --- Reward and endings -----------------------------------------------------------------------------------------------
@@ -639,6 +648,14 @@ def test_a_move_order_stops_a_shot_only_during_wind_up(after, hits):
     assert units(env)["x"][0] < 9
 
 
+def test_the_same_attack_order_again_does_not_restart_the_wind_up():
+    env = battle([unit("stalker", 10, 10)], [unit("stalker", 15, 10)])
+    for _ in range(5):
+        act(env, FIRST_TARGET)
+        loops(env, 1)
+    assert units(env)["attack"][0] == sim.FLIGHT
+
+
 def test_a_missile_outlives_its_shooter_and_a_wind_up_does_not():
     for after, hits in ((2, False), (5, True)):
         env = battle([unit("stalker", 10, 10)], [unit("stalker", 15, 10)])
@@ -896,6 +913,15 @@ def test_an_idle_enemy_marauder_ignores_a_nearest_medivac_but_notices_a_marine_i
     assert units(env)["target"][2] == 1
 
 
+def test_the_reflex_prefers_armed_allies_and_the_script_the_nearest():
+    for phase, chosen in ((3, 1), (0, 0)):
+        allies = [unit("medivac", 10, 10), unit("marine", 8, 10)]
+        env = battle(allies, [unit("marine", 13, 10), unit("marine", 30, 30, 0)])
+        env._world.battles["phase"] = phase
+        loops(env, 1)
+        assert units(env)["target"][2] == chosen
+
+
 @pytest.mark.parametrize(
     ("first", "second", "gap"),
     [
@@ -984,6 +1010,13 @@ def test_wipe_at_the_start(map_name):
         total += visible.sum()
         kept += (visible & (np.arange(env.num_enemies) >= world.first_row[0][:, None])).sum()
     assert 0.52 <= kept / total <= 0.63
+
+
+@pytest.mark.parametrize(("corpse", "rows"), [((31, 31), 0), ((18, 17), 1)])
+def test_wipe_by_a_dead_enemy(corpse, rows):
+    """A corpse out of everybody's sight hides the enemies before it."""
+    env = battle([unit("marine", 10, 16)], [unit("marine", 15, 16), unit("marine", *corpse, 0)], enemy_wipe=True)
+    assert (env.observe(0)[0][0, 4 : 4 + 16].reshape(2, 8)[:, 4] > 0).sum() == rows
 
 
 def test_wipe_changes_enemy_rows_only():
