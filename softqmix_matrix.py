@@ -444,7 +444,7 @@ def draw_picture(game: Game, results: list[dict], title: str) -> Figure:
         if len(matrix) * len(matrix[0]) <= 100:
             for i, j in game.joint_actions.tolist():
                 colour = "black" if image.norm(matrix[i][j]) > 0.6 else "white"
-                axes.text(j, i, f"{matrix[i][j]:.3g}", ha="center", va="center", color=colour)
+                axes.text(j, i, f"{round(matrix[i][j], 2):g}", ha="center", va="center", color=colour)
         if greedy:
             corner = (greedy[1] - 0.47, greedy[0] - 0.47)
             axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, linewidth=4, edgecolor="red"))
