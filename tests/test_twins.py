@@ -18,7 +18,16 @@ DIFFERENCES = {
     "act": "softmax policy against epsilon-greedy",
     "train": "act's last argument, and the log line of alpha or epsilon",
 }
-PAIRS = [("qmix_smacv2.py", "softqmix_smacv2.py")]
+SOFT_ONLY = {"TransformG", "TransformF", "masked_log_policy", "sample_action", "soft_log_policy"}
+QMIX_ONLY = {"epsilon_at", "epsilon_greedy"}
+PAIRS = [("qmix_smacv2.py", "softqmix_smacv2.py"), ("qmix_mpe.py", "softqmix_mpe.py")]
+
+# What the SMACv2 and the MPE scripts share.
+SHARED = {
+    "InputError", "Agent", "hypernetwork", "Mixer", "VDNMixer", "greedy_action", "TimeMajor", "Batch", "Replay",
+    "td_lambda_targets", "compute_losses", "update", "move_target", "act", "write_file", "write_metrics",
+    "save_checkpoint", "load_file", "checkpoint_folder", "policy_file", "to_tensors", "to_arrays", "main",
+}  # fmt: skip
 
 
 def definitions(file: str) -> dict[str, str]:
@@ -32,16 +41,35 @@ def definitions(file: str) -> dict[str, str]:
     return found
 
 
-def differing(one: str, other: str) -> set[str]:
-    ours, theirs = definitions(one), definitions(other)
-    return {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+@pytest.mark.parametrize(("plain", "soft"), PAIRS)
+def test_twins_differ_only_where_the_algorithms_do(plain, soft):
+    ours, theirs = definitions(plain), definitions(soft)
+    different = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert different == set(DIFFERENCES)
+    assert theirs.keys() - ours.keys() == SOFT_ONLY
+    assert ours.keys() - theirs.keys() == QMIX_ONLY
+
+
+@pytest.mark.parametrize(
+    ("smacv2", "mpe", "names"),
+    [
+        ("softqmix_smacv2.py", "softqmix_mpe.py", SHARED | SOFT_ONLY),
+        ("qmix_smacv2.py", "qmix_mpe.py", SHARED | QMIX_ONLY),
+    ],
+)
+def test_the_pairs_share_their_algorithms(smacv2, mpe, names):
+    ours, theirs = definitions(smacv2), definitions(mpe)
+    assert {name for name in names if ours[name] != theirs[name]} == set()
 
 
 @pytest.mark.parametrize(("plain", "soft"), PAIRS)
-def test_twins_differ_only_where_the_algorithms_do(plain, soft):
-    assert differing(plain, soft) == set(DIFFERENCES)
-    ours, theirs = definitions(plain), definitions(soft)
-    assert theirs.keys() - ours.keys() == {
-        "TransformG", "TransformF", "masked_log_policy", "sample_action", "soft_log_policy"
-    }  # fmt: skip
-    assert ours.keys() - theirs.keys() == {"epsilon_at", "epsilon_greedy"}
+def test_what_stands_between_definitions_differs_in_two_lines(plain, soft):
+    """Imports and constants: only the algorithm's name, and the options that a resumed run cannot change."""
+
+    def rest(file):
+        source = (ROOT / file).read_text()
+        body = [n for n in ast.parse(source).body[1:] if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+        return [ast.get_source_segment(source, node) for node in body]
+
+    different = [(a, b) for a, b in zip(rest(plain), rest(soft), strict=True) if a != b]
+    assert [a.split(" = ")[0] for a, _ in different] == ["ALGORITHM", "FIXED"]

@@ -1,0 +1,110 @@
+"""The runs of the paper's Figure 3 and Table 4, one process each, on the simulator or on StarCraft II.
+
+    python benchmarks/smacv2.py --print                                    # only show the commands
+    python benchmarks/smacv2.py --experiment figure3 --workers 2           # 6 maps, QMIX and Soft-QMIX, 5 seeds
+    python benchmarks/smacv2.py --experiment table4 --workers 2            # 3 maps, 4 algorithms, 3 seeds
+    python benchmarks/smacv2.py --maps terran_5_vs_5 --seeds 1 2 3 --total-timesteps 500000 --workers 2
+
+Call it again after an interruption, or with more steps or seeds: finished runs are skipped, unfinished ones resumed.
+Then: python plot.py FOLDER. Each run leaves its messages in FOLDER/{name}.log.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGORITHMS = {
+    "qmix": ["qmix_smacv2.py"],
+    "entropy": ["softqmix_smacv2.py", "--no-use-g", "--no-use-f"],  # Table 4's "+entropy"
+    "function_f": ["softqmix_smacv2.py", "--no-use-g"],  # Table 4's "+function f"
+    "softqmix": ["softqmix_smacv2.py"],
+    "softqmix_vdn": ["softqmix_smacv2.py", "--mixer", "vdn"],  # the sum that the authors' released code computes
+}
+FIVE = ["protoss_5_vs_5", "terran_5_vs_5", "zerg_5_vs_5"]
+TEN = ["protoss_10_vs_10", "terran_10_vs_10", "zerg_10_vs_10"]
+EXPERIMENTS = {
+    "figure3": (FIVE + TEN, ["qmix", "softqmix"], 5),
+    "table4": (FIVE, ["qmix", "entropy", "function_f", "softqmix"], 3),
+}
+
+
+@dataclass
+class Args:
+    experiment: Literal["figure3", "table4"] = "figure3"
+    """which maps, algorithms and number of seeds, unless given below"""
+    maps: tuple[str, ...] = ()
+    """instead of the experiment's"""
+    algorithms: tuple[Literal["qmix", "entropy", "function_f", "softqmix", "softqmix_vdn"], ...] = ()
+    """instead of the experiment's"""
+    seeds: tuple[int, ...] = ()
+    """instead of the experiment's"""
+    total_timesteps: int = 10_050_000
+    """environment steps of each run"""
+    checkpoint_interval: int = 100_000
+    """environment steps between checkpoints, from which a killed run goes on"""
+    backend: Literal["auto", "starcraft2", "sim"] = "auto"
+    """as for the scripts"""
+    folder: str = "runs/smacv2"
+    """where the run folders go"""
+    workers: int = 1
+    """processes at a time, each with an equal share of the cores"""
+    print: bool = False
+    """print the commands that are left to do, and stop"""
+
+
+def command(args: Args, map_name: str, algorithm: str, seed: int) -> list[str] | None:
+    """What starts or resumes the run, None if it is finished."""
+    run_dir = Path(args.folder) / f"{map_name}__{algorithm}__{seed}"
+    try:
+        done = json.loads((run_dir / "summary.json").read_text())["env_steps"]
+    except OSError:
+        done = 0
+    if done >= args.total_timesteps:
+        return None
+    script, *options = ALGORITHMS[algorithm]
+    start = ["--map", map_name, "--seed", str(seed), "--run-dir", str(run_dir), *options]
+    if any((run_dir / "checkpoints").glob("[0-9]*/training.pt")):
+        start = ["--resume", str(run_dir)]
+    steps = ["--total-timesteps", str(args.total_timesteps), "--checkpoint-interval", str(args.checkpoint_interval)]
+    return [sys.executable, str(ROOT / script), *start, *steps, "--backend", args.backend]
+
+
+def run(words: list[str], threads: int, log: Path) -> None:
+    if "--run-dir" in words:  # what is there was killed before its first checkpoint
+        shutil.rmtree(words[words.index("--run-dir") + 1], ignore_errors=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    with open(log, "a") as output:
+        code = subprocess.run(words, env=environment, stdout=output, stderr=output, check=False).returncode
+    print(f"{'finished' if code == 0 else f'exit code {code}, see {log}'}: {shlex.join(words)}", flush=True)
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    maps, algorithms, seeds = EXPERIMENTS[args.experiment]
+    maps, algorithms = args.maps or maps, args.algorithms or algorithms
+    wanted = [(m, a, s) for s in args.seeds or range(1, seeds + 1) for m in maps for a in algorithms]  # seed by seed
+    left = [(job, words) for job in wanted if (words := command(args, *job))]
+    print(f"{len(wanted) - len(left)} of {len(wanted)} runs are finished.", flush=True)
+    if args.print:
+        print("\n".join(shlex.join(words) for _, words in left))
+        return 0
+    Path(args.folder).mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    with ThreadPoolExecutor(args.workers) as pool:
+        for job, words in left:
+            pool.submit(run, words, threads, Path(args.folder) / f"{'__'.join(map(str, job))}.log")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

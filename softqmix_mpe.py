@@ -1,0 +1,1086 @@
+"""Soft-QMIX on MPE Spread: maximum-entropy QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930), in one file.
+
+    python softqmix_mpe.py --level hard --alpha 1.0                                   # the paper's run, 10M steps
+    python softqmix_mpe.py --level simple --total-timesteps 200000                    # watch it learn
+    python softqmix_mpe.py --resume runs/NAME                                         # go on after Ctrl-C or a crash
+    python softqmix_mpe.py --evaluate runs/NAME/policy.pt --capture-video             # test and draw what was learnt
+
+QMIX learns Q_tot(s, u) = Mixer(Q_1, ..., Q_n; s), monotonic in every Q_i, so that each agent's greedy action is part of
+the greedy joint action. Soft-QMIX makes the policy stochastic without losing that property: two transformations
+generated from the global state, g_i and f_i, change the values of an agent's actions but never their order. g_i refines
+Q_i inside Q_tot; f_i re-scales it so that sum_i f_i(Q_i) fits Q_tot, which makes softmax(f_i(Q_i) / alpha) a maximum-
+entropy policy that factorises over agents. Execution needs neither: each agent takes the argmax of its own network.
+
+In Spread, three agents are to cover three landmarks without bumping into each other. Greedy test returns to expect on
+simple / medium / hard: random play -218 / -279 / -342, a scripted policy -118 / -140 / -170, the best assignment with
+hindsight -105 / -126 / -156; Table 3 of the paper: QMIX -112 / -138 / -172, Soft-QMIX -111 / -135 / -169.
+
+Equation, table and appendix numbers are the paper's. In shape comments: B episodes of a batch, T time, N agents,
+A actions, E environments, S state, O observation; M rows (b, t) of a batch with t = 0..L, R of them with t < L.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import mpe2
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from mpe2.simple_spread import simple_spread
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ALGORITHM = "softqmix_mpe"
+
+
+@dataclass
+class Args:
+    exp_name: str = "softqmix_mpe"
+    """name of this experiment, part of the run's name"""
+    level: Literal["simple", "medium", "hard"] = "hard"
+    """initial distances between agents and landmarks: as in MPE, times 1.5, times 2 (appendix I)"""
+    backend: Literal["batched", "mpe2"] = "batched"
+    """batched: the dynamics for all environments at once; mpe2: PettingZoo's environment, equal to float precision"""
+    seed: int = 1
+    """fixes networks, start states, exploration and replay"""
+    torch_deterministic: bool = True
+    """choose deterministic cuDNN kernels"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    run_dir: str | None = None
+    """folder of this run; default runs/spread_{level}__{exp_name}__{backend}__{seed}__{time}"""
+    resume: str | None = None
+    """go on from this checkpoint folder, or from the newest one of this run folder; options default to the run's own"""
+    evaluate: str | None = None
+    """only evaluate this checkpoint folder, run folder or policy.pt"""
+    capture_video: bool = False
+    """draw evaluation episodes of the final policy by mpe2's renderer, as a GIF"""
+
+    total_timesteps: int = 10_000_000
+    """environment steps, summed over environments (section 5.2)"""
+    num_envs: int = 4
+    """episodes stepped as one batch (Table 8)"""
+    episodes_per_update: int = 4
+    """one update per this many finished episodes, whatever num_envs is (Table 8 with 4 environments)"""
+    batch_size: int = 128
+    """episodes in an update (Table 8); the first update waits for this many"""
+    buffer_size: int = 5000
+    """episodes in the replay (Table 8)"""
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the replay lives; auto: on the GPU unless it would take more than half of its free memory"""
+    learning_rate: float = 1e-3
+    """of Adam, for L_Q and L_pi (Table 8)"""
+    max_grad_norm: float = 10.0
+    """gradient norm is clipped to this, separately for L_Q and L_pi"""
+    gamma: float = 0.99
+    """discount factor"""
+    td_lambda: float = 0.4
+    """lambda of TD(lambda) (Table 8, Eq. 24)"""
+    td_weight: float = 1.0
+    """weight of squared TD errors where Q_tot exceeds its target; 1 is the paper, less biases Q_tot upwards"""
+    target_update_interval: int = 200
+    """episodes between copies of the networks to their targets (Table 8); ignored if tau < 1"""
+    tau: float = 1.0
+    """below 1: targets move by this fraction after every update instead (Algorithm 1)"""
+    mixer: Literal["qmix", "vdn"] = "qmix"
+    """qmix: the monotonic network; vdn: the plain sum of Q_i"""
+    alpha: float = 1.0
+    """temperature of the policy, in units of Q_tot (Table 3: 0.1, 0.3 or 1.0)"""
+    use_g: bool = True
+    """transform the agents' values by g_i (Table 4: without it, "+function f")"""
+    use_f: bool = True
+    """transform Q_i by f_i (Table 4: without g and f, "+entropy"); without it alpha is in units of Q_i"""
+
+    eval_interval: int = 20_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 1000
+    """greedy episodes in an evaluation, always from the same start states"""
+    checkpoint_interval: int = 500_000
+    """environment steps between checkpoints; there is always one at the end and on Ctrl-C"""
+    checkpoint_replay: bool = True
+    """keep the replay in the newest checkpoint; without it a resumed run refills it first"""
+
+
+FIXED = ("level", "num_envs", "seed", "mixer", "use_g", "use_f")  # what a resumed run cannot change
+
+
+class InputError(ValueError):
+    """Something the user can put right, told in one sentence. On the command line: exit code 2, no traceback."""
+
+
+def check_args(args: Args) -> None:
+    """Raise InputError for impossible settings."""
+    at_least_one = "num_envs episodes_per_update batch_size buffer_size total_timesteps target_update_interval"
+    for name in (at_least_one + " eval_interval eval_episodes checkpoint_interval").split():
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    for name, low, high in (("td_lambda", 0, 1), ("gamma", 0, 1), ("seed", 0, 2**31 - 1)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [{low}, {high}].")
+    for name, high in (("alpha", math.inf), ("learning_rate", math.inf), ("max_grad_norm", math.inf), ("tau", 1)):
+        if not 0 < getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in (0, {high}].")
+    if not 0 <= args.td_weight < math.inf:
+        raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
+    if args.batch_size > args.buffer_size:
+        raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
+    if args.buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()):
+        raise InputError("--buffer-device cuda needs a GPU that PyTorch can use, and --cuda: take auto or cpu.")
+
+
+# --- Environment ------------------------------------------------------------------------------------------------------
+
+
+LEVELS = {"simple": 1.0, "medium": 1.5, "hard": 2.0}  # k, the half-width of the square in which the agents start
+FORCES = 5.0 * np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])  # (A, 2): stay, left, right, down, up
+OTHERS = np.array([[1, 2], [0, 2], [0, 1]])  # (N, 2): whom each agent sees and bumps into
+DT, DAMPING, CONTACT_DISTANCE, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 0.3, 100.0, 1e-3
+
+
+def start_positions(level: str, num_envs: int, seed: int, episode: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where agents (E, N, 2) and landmarks (E, N, 2) start: k U[-1, 1]^2 and 0.8 k U[-1, 1]^2.
+
+    The generator is keyed by (seed, episode) and environments draw in order of their index, so environment i starts
+    alike whatever happened before and however many environments run beside it.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, episode], np.uint64)))
+    points = LEVELS[level] * generator.uniform(-1, 1, (num_envs, 6, 2))
+    return points[:, :3], 0.8 * points[:, 3:]
+
+
+def distance(gap: np.ndarray) -> np.ndarray:  # (..., 2) -> (...)
+    x, y = gap[..., 0], gap[..., 1]
+    return np.sqrt(x * x + y * y)
+
+
+class Spread:
+    """MPE's Spread as in the Soft-QMIX paper: three agents cover three landmarks; E environments in one batch of numpy.
+
+    `reset` and `step` follow Gymnasium's vector environments in SAME_STEP mode: on the last step of an episode obs and
+    info already belong to the next one, info["final_obs"] and info["final_info"] to the one that ended. Every episode
+    has 25 steps, so all environments end together. The arrays returned are the caller's to keep.
+
+    Reward of the team per step: the sum over the three agents of -S - collisions, with S the sum over the landmarks of
+    the distance to the nearest agent. An agent counts as colliding with itself (-75 an episode), as in the original.
+    """
+
+    num_agents, num_actions, obs_size, state_size, episode_limit = 3, 5, 18, 54, 25
+
+    def __init__(self, level: str, num_envs: int, seed: int = 0):
+        self.level, self.num_envs = level, num_envs
+        self.seed, self.episode, self.t = seed, -1, 0
+        self.position = np.zeros((num_envs, 3, 2))  # of the agents, (E, N, 2)
+        self.velocity = np.zeros((num_envs, 3, 2))
+        self.landmark = np.zeros((num_envs, 3, 2))
+
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
+        """Start a new episode everywhere: the first one of `seed`, or without a seed the next one in line."""
+        if seed is not None:
+            self.seed, self.episode = seed, -1
+        self.episode, self.t = self.episode + 1, 0
+        self.position, self.landmark = start_positions(self.level, self.num_envs, self.seed, self.episode)
+        self.velocity = np.zeros_like(self.position)
+        self._load()
+        return self.observe()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """Actions (E, N) -> obs (E, N, O), reward (E,), terminated (E,), truncated (E,), info."""
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_envs, 3) or actions.dtype.kind not in "iu":
+            raise ValueError(f"actions must be integers ({self.num_envs}, 3), not {actions.dtype} {actions.shape}")
+        bad = (actions < 0) | (actions >= self.num_actions)
+        if bad.any():
+            env, agent = np.argwhere(bad)[0]
+            raise ValueError(f"environment {env}, agent {agent}: action {actions[env, agent]} is not in 0..4")
+        self.t += 1
+        reward = self._move(actions).astype(np.float32)
+        terminated = np.full(self.num_envs, self.t == self.episode_limit)  # step 25 is a true end: no bootstrap
+        obs, info = self.observe()
+        if self.t == self.episode_limit:
+            final = {"final_obs": obs, "_final_obs": terminated.copy()}
+            final |= {"final_info": info, "_final_info": terminated.copy()}
+            obs, info = self.reset()
+            info |= final
+        return obs, reward, terminated, np.zeros_like(terminated), info
+
+    def observe(self) -> tuple[np.ndarray, dict]:
+        """What `reset` returns, for the present moment."""
+        obs = self._observe()
+        mask = np.ones((self.num_envs, 3, 5), bool)
+        return obs, {"state": obs.reshape(self.num_envs, 54).copy(), "action_mask": mask}
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything that `set_state` needs to go on exactly from here."""
+        clock = np.array([self.seed, self.episode, self.t], np.int64)
+        arrays = {"position": self.position, "velocity": self.velocity, "landmark": self.landmark, "clock": clock}
+        return {name: array.copy() for name, array in arrays.items()}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> tuple[np.ndarray, dict]:
+        """Go on from what `get_state` gave, of either backend; returns what `reset` returns."""
+        for name in ("position", "velocity", "landmark"):
+            array = np.array(state[name], np.float64)
+            if array.shape != (self.num_envs, 3, 2):
+                raise ValueError(f"{name} has shape {array.shape}, not ({self.num_envs}, 3, 2)")
+            setattr(self, name, array)
+        self.seed, self.episode, self.t = (int(number) for number in state["clock"])
+        self._load()
+        return self.observe()
+
+    def _load(self) -> None:
+        """Pass positions and velocities on to the physics: nothing to do here."""
+
+    def _move(self, actions: np.ndarray) -> np.ndarray:
+        """One step of the physics, in float64; returns the reward (E,)."""
+        towards = self.position[:, OTHERS] - self.position[:, :, None]  # (E, N, 2 others, 2)
+        apart = distance(towards)
+        overlap = CONTACT_MARGIN * np.logaddexp(0, (CONTACT_DISTANCE - apart) / CONTACT_MARGIN)  # a soft max(0, .)
+        force = FORCES[actions] - CONTACT_FORCE * (towards * (overlap / apart)[..., None]).sum(2)
+        self.velocity = self.velocity * (1 - DAMPING) + force * DT
+        self.position = self.position + self.velocity * DT  # by the new velocity; today's mpe2 uses the old one
+
+        to_landmark = distance(self.landmark[:, :, None] - self.position[:, None])  # (E, landmarks, N)
+        apart = distance(self.position[:, OTHERS] - self.position[:, :, None])  # (E, N, 2 others)
+        collisions = 3 + (apart < CONTACT_DISTANCE).sum((1, 2))  # 3: each agent with itself
+        return -3 * to_landmark.min(2).sum(1) - collisions
+
+    def _observe(self) -> np.ndarray:
+        obs = np.zeros((self.num_envs, 3, 18), np.float32)  # the last four, messages of the others, stay 0
+        here = self.position[:, :, None]
+        obs[..., 0:2], obs[..., 2:4] = self.velocity, self.position
+        obs[..., 4:10] = (self.landmark[:, None] - here).reshape(-1, 3, 6)
+        obs[..., 10:14] = (self.position[:, OTHERS] - here).reshape(-1, 3, 4)
+        return obs
+
+
+class VelocityFirst(simple_spread.ExtendedWorld):
+    """mpe2's world with the original order of integration: velocity, then position by the new velocity."""
+
+    def integrate_state(self, p_force):
+        for agent, force in zip(self.agents, p_force, strict=False):  # landmarks, after the agents, do not move
+            agent.state.p_vel = agent.state.p_vel * (1 - self.damping) + force / agent.mass * self.dt
+            agent.state.p_pos = agent.state.p_pos + agent.state.p_vel * self.dt
+
+
+class GivenStart(simple_spread.Scenario):
+    """mpe2's scenario with its start states taken from `start` = agents' positions, velocities, landmarks: (3, 2)."""
+
+    def reset_world(self, world, np_random):
+        super().reset_world(world, np_random)
+        position, velocity, landmark = self.start
+        for i in range(3):
+            world.agents[i].state.p_pos, world.agents[i].state.p_vel = position[i].copy(), velocity[i].copy()
+            world.landmarks[i].state.p_pos = landmark[i].copy()
+
+
+class SpreadMPE2(Spread):
+    """The same environment on PettingZoo's parallel environment mpe2.simple_spread_v3: slower, and it can be drawn."""
+
+    def __init__(self, level: str, num_envs: int, seed: int = 0):
+        super().__init__(level, num_envs, seed)
+        options = {"N": 3, "local_ratio": 0.5, "max_cycles": self.episode_limit, "render_mode": "rgb_array"}
+        self.envs = [simple_spread.parallel_env(**options) for _ in range(num_envs)]
+        for env in self.envs:
+            env.unwrapped.world.__class__ = VelocityFirst
+            env.unwrapped.scenario = GivenStart()
+
+    def render(self, env_index: int) -> np.ndarray:
+        """A picture (700, 700, 3) uint8 of the present moment, zoomed so that everything fits; needs no display."""
+        return self.envs[env_index].render()
+
+    def _load(self) -> None:
+        for env, *start in zip(self.envs, self.position, self.velocity, self.landmark, strict=True):
+            env.unwrapped.scenario.start = start
+            env.reset()
+            env.unwrapped.original_cam_range = 1.0  # draws the agents to scale: circles touch where agents do
+
+    def _move(self, actions: np.ndarray) -> np.ndarray:
+        reward = np.zeros(self.num_envs)
+        for e, env in enumerate(self.envs):
+            # mpe2 truncates at step 25; `step` calls the same moment terminated.
+            rewards = env.step(dict(zip(env.possible_agents, actions[e].tolist(), strict=True)))[1]
+            # Each agent gets (-S - its collisions with others) / 2; the original counts S and itself for each agent.
+            reward[e] = 2 * sum(rewards.values()) - 3
+            self.position[e] = [agent.state.p_pos for agent in env.unwrapped.world.agents]
+            self.velocity[e] = [agent.state.p_vel for agent in env.unwrapped.world.agents]
+        return reward
+
+    def _observe(self) -> np.ndarray:
+        return np.stack([env.state().reshape(3, 18) for env in self.envs])
+
+
+def save_gif(path: str, frames: list[np.ndarray], fps: int = 10) -> None:
+    """Write frames (H, W, 3) uint8 as an endless GIF."""
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+
+
+def make_env(args: Args, num_envs: int, seed: int) -> Spread:
+    """Episodes as a batch: observations (E, N, O), state (E, S), action mask (E, N, A); ended ones restart at once."""
+    return (Spread if args.backend == "batched" else SpreadMPE2)(args.level, num_envs, seed)
+
+
+# --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
+
+
+class Agent(nn.Module):
+    """f^stage1: a recurrent network of local observations, shared by all agents; all that execution needs.
+
+    Input: observation, last action (one-hot, zeros at t = 0), agent id (one-hot). Output: a value for each action.
+    """
+
+    def __init__(self, obs_size: int, num_agents: int, num_actions: int, hidden_size: int = 64):
+        super().__init__()
+        self.num_agents, self.num_actions, self.hidden_size = num_agents, num_actions, hidden_size
+        self.fc_in = nn.Linear(obs_size + num_actions + num_agents, hidden_size)
+        self.gru = nn.GRU(hidden_size, hidden_size)
+        self.fc_out = nn.Linear(hidden_size, num_actions)
+
+    def encode(self, obs: torch.Tensor, last_action: torch.Tensor) -> torch.Tensor:
+        """obs (M, N, O), last_action (M, N) with -1 for none -> input of the GRU (M, N, H)."""
+        last_action = F.one_hot(last_action + 1, self.num_actions + 1)[..., 1:]  # (M, N, A)
+        agent_id = torch.eye(self.num_agents, device=obs.device).expand(len(obs), -1, -1)  # (M, N, N)
+        return F.relu(self.fc_in(torch.cat([obs, last_action, agent_id], dim=-1)))
+
+    def step(self, obs: torch.Tensor, last_action: torch.Tensor, hidden: torch.Tensor):
+        """To act: obs (E, N, O), last_action (E, N), hidden (E, N, H) -> values (E, N, A), hidden (E, N, H)."""
+        _, new_hidden = self.gru(self.encode(obs, last_action).flatten(0, 1)[None], hidden.flatten(0, 1)[None])
+        hidden = new_hidden.view_as(hidden)
+        return self.fc_out(hidden), hidden
+
+    def unroll(self, obs: torch.Tensor, last_action: torch.Tensor, groups: list["TimeMajor"]) -> torch.Tensor:
+        """To learn: whole episodes, each from a zero hidden state, (M, N, O), (M, N) -> values (M, N, A).
+
+        The GRU is called once per group of episodes of similar length; only there are episodes padded.
+        """
+        outputs = []
+        rows = self.encode(obs, last_action).split([len(group.slots) for group in groups])
+        for group, x in zip(groups, rows, strict=True):
+            output, _ = self.gru(group.pad(x).flatten(1, 2))  # (T, B, N, H) -> (T, B*N, H)
+            outputs.append(group.unpad(output.unflatten(1, (-1, self.num_agents))))
+        return self.fc_out(torch.cat(outputs))
+
+
+def hypernetwork(state_size: int, output_size: int, hypernet_embed: int = 64) -> nn.Sequential:
+    """Generates weights (made non-negative by their user) or a last bias from the global state."""
+    return nn.Sequential(nn.Linear(state_size, hypernet_embed), nn.ReLU(), nn.Linear(hypernet_embed, output_size))
+
+
+class Mixer(nn.Module):
+    """QMIX's monotonic Q_tot = |W2(s)| elu(|W1(s)| Q + b1(s)) + b2(s) (Eq. 6): dQ_tot / dQ_i >= 0 for every agent."""
+
+    def __init__(self, state_size: int, num_agents: int, embed: int = 32):
+        super().__init__()
+        self.w1 = hypernetwork(state_size, num_agents * embed)
+        self.b1 = nn.Linear(state_size, embed)
+        self.w2 = hypernetwork(state_size, embed)
+        self.b2 = hypernetwork(state_size, 1)
+
+    def forward(self, q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """q (R, N), state (R, S) -> Q_tot (R,)."""
+        w1 = self.w1(state).abs().unflatten(1, (q.shape[1], -1))  # (R, N, embed)
+        hidden = F.elu((q.unsqueeze(1) @ w1).squeeze(1) + self.b1(state))  # (R, embed)
+        return (hidden * self.w2(state).abs()).sum(1) + self.b2(state).squeeze(1)
+
+
+class VDNMixer(nn.Module):
+    """Q_tot as the plain sum of Q_i: value decomposition networks (Sunehag et al. 2017)."""
+
+    def forward(self, q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """q (R, N), state (R, S), unused -> Q_tot (R,)."""
+        return q.sum(1)
+
+
+class TransformG(nn.Module):
+    """g_i(x, s) = x + |W2_i(s)| elu(|W1_i(s)| x + b1_i(s)) + b2_i(s) (Eq. 8), for each action's value x by itself.
+
+    One set of generated weights per agent. The residual has slope 1, so the order of actions is kept strictly.
+    """
+
+    def __init__(self, state_size: int, num_agents: int, embed: int = 32):
+        super().__init__()
+        self.num_agents = num_agents
+        self.w1 = hypernetwork(state_size, num_agents * embed)
+        self.b1 = nn.Linear(state_size, num_agents * embed)
+        self.w2 = hypernetwork(state_size, num_agents * embed)
+        self.b2 = hypernetwork(state_size, num_agents)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """x (R, N, K): values of K actions, state (R, S) -> Q_i (R, N, K)."""
+        w1 = self.w1(state).abs().view(len(x), self.num_agents, 1, -1)  # (R, N, 1, embed)
+        b1 = self.b1(state).view_as(w1)
+        w2 = self.w2(state).abs().view(len(x), self.num_agents, -1, 1)  # (R, N, embed, 1)
+        hidden = F.elu(torch.addcmul(b1, x.unsqueeze(-1), w1), inplace=True)  # (R, N, K, embed)
+        return x + (hidden @ w2).squeeze(-1) + self.b2(state).unsqueeze(-1)
+
+
+class TransformF(nn.Module):
+    """f_i(q, s) = |w_i(s)| q + b_i(s) (appendix G): keeps the order of actions, weakly, since w_i may be 0."""
+
+    def __init__(self, state_size: int, num_agents: int):
+        super().__init__()
+        self.w = hypernetwork(state_size, num_agents)
+        self.b = hypernetwork(state_size, num_agents)
+
+    def forward(self, q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """q (R, N, K), state (R, S) -> logits times alpha (R, N, K)."""
+        return self.w(state).abs().unsqueeze(-1) * q + self.b(state).unsqueeze(-1)
+
+
+class Critic(nn.Module):
+    """theta: the agent network, g and the mixer, trained by L_Q (Eq. 13). Q_i always means g_i(f^stage1(o_i), s)."""
+
+    def __init__(self, env: Spread, args: Args):
+        super().__init__()
+        self.agent = Agent(env.obs_size, env.num_agents, env.num_actions)
+        self.g = TransformG(env.state_size, env.num_agents) if args.use_g else None
+        self.mixer = Mixer(env.state_size, env.num_agents) if args.mixer == "qmix" else VDNMixer()
+
+    def local_q(self, stage1: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Outputs of the agent network (R, N, K), state (R, S) -> Q_i (R, N, K)."""
+        return stage1 if self.g is None else self.g(stage1, state)
+
+
+class Networks(nn.Module):
+    """All networks of a run: the critic theta, its target copy theta-bar, and f, phi, trained by L_pi (Eq. 14)."""
+
+    def __init__(self, env: Spread, args: Args):
+        super().__init__()
+        self.critic = Critic(env, args)
+        self.target = copy.deepcopy(self.critic)
+        self.f = TransformF(env.state_size, env.num_agents) if args.use_f else None
+
+    def parameter_groups(self) -> list[dict]:
+        """What Adam trains; the gradient norm is clipped for each group by itself."""
+        return [{"params": list(network.parameters())} for network in (self.critic, self.f) if network is not None]
+
+
+# --- Policy -----------------------------------------------------------------------------------------------------------
+
+
+def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
+    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+
+
+def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log softmax over available actions, -inf for the others: logits, mask (..., A) -> (..., A)."""
+    return F.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
+
+
+def sample_action(log_policy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Draw from the policy by the Gumbel-max trick, never an unavailable action: (..., A) -> (...)."""
+    gumbel = -torch.empty_like(log_policy).exponential_().log()
+    return (log_policy + gumbel).masked_fill(~mask, -torch.inf).argmax(-1)
+
+
+def soft_log_policy(networks: Networks, stage1, state, mask, alpha: float) -> torch.Tensor:
+    """log pi_i(u | o_i, s) = log softmax(f_i(g_i(f^stage1(o_i), s), s) / alpha) (Eq. 15).
+
+    stage1 (R, N, A) are the outputs of the agent network, state (R, S), mask (R, N, A); returns (R, N, A).
+    """
+    q_i = networks.critic.local_q(stage1, state)
+    logits = q_i if networks.f is None else networks.f(q_i, state)
+    return masked_log_policy(logits.float() / alpha, mask)  # mask last: the division must not see -inf
+
+
+# --- Replay of whole episodes -----------------------------------------------------------------------------------------
+
+
+class TimeMajor:
+    """The place of episodes' rows, which stand one after the other without padding, in a padded array (T, B, ...)."""
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.num_steps, self.num_episodes = max(lengths), len(lengths)
+        slots = np.concatenate([np.arange(n) * len(lengths) + b for b, n in enumerate(lengths)])
+        self.slots = torch.from_numpy(slots).to(device)  # row (b, t) -> t * B + b
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """(sum of lengths, ...) -> (T, B, ...), zeros after each episode's end."""
+        padded = rows.new_zeros(self.num_steps * self.num_episodes, *rows.shape[1:])
+        return padded.index_copy(0, self.slots, rows).unflatten(0, (self.num_steps, self.num_episodes))
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """(T, B, ...) -> (sum of lengths, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.slots)
+
+
+@dataclass
+class Batch:
+    """B episodes, shortest first, one after the other without padding: M rows with t = 0..L, R rows with t < L."""
+
+    obs: torch.Tensor  # (M, N, O)
+    state: torch.Tensor  # (M, S)
+    mask: torch.Tensor  # (M, N, A) available actions
+    action: torch.Tensor  # (R, N)
+    reward: torch.Tensor  # (R,)
+    terminated: torch.Tensor  # (R,) ended for good here: no bootstrap
+    now: torch.Tensor  # (R,) which of the M rows have t < L; the row after is now + 1
+    lengths: torch.Tensor  # (B,) L
+    transitions: TimeMajor  # places of the R rows
+    groups: list[TimeMajor]  # places of the M rows, by groups of episodes of similar length
+
+
+class Replay:
+    """The last `capacity` episodes, each as long as it was: memory is proportional to the steps really stored."""
+
+    VIEW = ("obs", "state", "mask")  # what has a row t = L, too
+    FIELDS = (*VIEW, "action", "reward", "terminated")
+
+    def __init__(self, capacity: int, device: torch.device):
+        self.capacity, self.device = capacity, device
+        self.episodes: list[dict[str, torch.Tensor]] = []
+        self.oldest = 0  # the episode to overwrite next, once the replay is full
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def add(self, episode: dict[str, np.ndarray]) -> None:
+        """Store a copy: obs (L+1, N, O), state (L+1, S), mask (L+1, N, A), action (L, N), reward, terminated (L,)."""
+        stored = {name: torch.tensor(episode[name], device=self.device) for name in self.FIELDS}
+        if len(self.episodes) < self.capacity:
+            self.episodes.append(stored)
+        else:
+            self.episodes[self.oldest] = stored
+            self.oldest = (self.oldest + 1) % self.capacity
+
+    def sample(self, batch_size: int, device: torch.device) -> Batch:
+        """Draw different episodes, all equally likely."""
+        chosen = [self.episodes[i] for i in torch.randperm(len(self.episodes))[:batch_size].tolist()]
+        chosen.sort(key=lambda episode: len(episode["reward"]))
+        lengths = [len(episode["reward"]) for episode in chosen]
+        rows = {name: torch.cat([episode[name] for episode in chosen]).to(device) for name in self.FIELDS}
+        first = np.cumsum([0] + [n + 1 for n in lengths[:-1]])  # each episode's row t = 0
+        now = np.concatenate([start + np.arange(n) for start, n in zip(first, lengths, strict=True)])
+        # On a CPU padding costs time: a group's episodes differ in length by 1.3 at most. A GPU has time for padding.
+        bucket = np.floor(np.log(lengths) / np.log(1.3)) if device.type == "cpu" else np.zeros(batch_size)
+        groups = np.split(np.array(lengths), np.flatnonzero(np.diff(bucket)) + 1)
+        return Batch(
+            **rows,
+            now=torch.from_numpy(now).to(device),
+            lengths=torch.tensor(lengths, device=device),
+            transitions=TimeMajor(lengths, device),
+            groups=[TimeMajor((group + 1).tolist(), device) for group in groups],
+        )
+
+    def state_dict(self) -> dict:
+        """All episodes as one tensor a field; `load_state_dict` restores them in the same order."""
+        fields = {name: torch.cat([episode[name] for episode in self.episodes]).cpu() for name in self.FIELDS}
+        lengths = [len(episode["reward"]) for episode in self.episodes]
+        return {"lengths": lengths, "oldest": self.oldest, **fields}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.oldest, self.episodes = saved["oldest"], [{} for _ in saved["lengths"]]
+        for name in self.FIELDS:
+            rows = saved[name].split([length + (name in self.VIEW) for length in saved["lengths"]])
+            for episode, value in zip(self.episodes, rows, strict=True):
+                episode[name] = value.to(self.device, copy=True)  # a copy, since a view would keep all episodes alive
+
+
+class Recorder:
+    """The unfinished episodes of E environments, from which `finish` cuts out those that have ended."""
+
+    def __init__(self, env: Spread):
+        E, T, N = env.num_envs, env.episode_limit, env.num_agents
+        self.arrays = {
+            "t": np.zeros(E, np.int64),
+            "obs": np.zeros((E, T + 1, N, env.obs_size), np.float32),
+            "state": np.zeros((E, T + 1, env.state_size), np.float32),
+            "mask": np.zeros((E, T + 1, N, env.num_actions), np.bool_),
+            "action": np.zeros((E, T, N), np.int64),
+            "reward": np.zeros((E, T), np.float32),
+            "terminated": np.zeros((E, T), np.bool_),
+        }
+
+    def observe(self, envs: np.ndarray, view: dict[str, np.ndarray]) -> None:
+        """What the environments with indices `envs` show at their time t."""
+        for name, value in view.items():
+            self.arrays[name][envs, self.arrays["t"][envs]] = value
+
+    def act(self, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray) -> None:
+        """What all environments did at their time t, and what came of it; t moves on."""
+        t = self.arrays["t"]
+        for name, value in (("action", action), ("reward", reward), ("terminated", terminated)):
+            self.arrays[name][np.arange(len(t)), t] = value
+        t += 1
+
+    def finish(self, e: int) -> dict[str, np.ndarray]:
+        """Environment e's episode of L = t transitions, whose row L has been observed; its next one starts."""
+        length, self.arrays["t"][e] = int(self.arrays["t"][e]), 0
+        return {name: self.arrays[name][e, : length + (name in Replay.VIEW)] for name in Replay.FIELDS}
+
+
+# --- Targets and update -----------------------------------------------------------------------------------------------
+
+
+def td_lambda_targets(
+    reward: torch.Tensor,  # (T, B) r_t
+    terminated: torch.Tensor,  # (T, B) the episode ended for good with step t
+    next_q: torch.Tensor,  # (T, B) Qbar_tot(s_{t+1}, u'_{t+1})
+    next_log_policy: torch.Tensor,  # (T, B) log pi(u'_{t+1} | s_{t+1}), summed over agents
+    lengths: torch.Tensor,  # (B,) L; what stands at t >= L does not matter
+    gamma: float,
+    td_lambda: float,
+    alpha: float,
+) -> torch.Tensor:
+    """Soft TD(lambda) targets y_t (T, B), appendix D's reverse view with the sampled u' (a soft Peng's Q(lambda)):
+
+    y_t = r_t + gamma [(1 - lambda) Qbar_tot(s_{t+1}, u') + lambda y_{t+1} - alpha log pi(u' | s_{t+1})]
+    y_L = Qbar_tot(s_L, u')
+
+    The entropy of s_{t+1} enters once, beside both terms. Nothing follows a terminated step.
+    """
+    targets = torch.zeros_like(reward)
+    y = torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        y = torch.where(lengths == t + 1, next_q[t], y)  # each episode starts from its own end
+        soft_value = (1 - td_lambda) * next_q[t] + td_lambda * y - alpha * next_log_policy[t]
+        y = reward[t] + gamma * soft_value.masked_fill(terminated[t], 0)
+        targets[t] = y
+    return targets
+
+
+def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L_Q (Eq. 13) + L_pi (Eq. 14), and what to log: both, the means of Q_tot and of the policy's entropy in nats."""
+    critic, target, f = networks.critic, networks.target, networks.f
+    now, after, action = batch.now, batch.now + 1, batch.action.unsqueeze(-1)  # (R,), (R,), (R, N, 1)
+    last_action = torch.full(batch.obs.shape[:2], -1, device=batch.obs.device)  # (M, N)
+    last_action[after] = batch.action
+
+    stage1 = critic.agent.unroll(batch.obs, last_action, batch.groups)  # (M, N, A)
+    q_i = critic.local_q(stage1[now].gather(-1, action), batch.state[now])  # (R, N, 1), actions taken only
+    q_tot = critic.mixer(q_i.squeeze(-1), batch.state[now])  # (R,)
+
+    with torch.no_grad():
+        next_state, next_mask = batch.state[after], batch.mask[after]
+        log_policy = soft_log_policy(networks, stage1[after], next_state, next_mask, args.alpha)  # (R, N, A)
+        next_action = sample_action(log_policy, next_mask).unsqueeze(-1)  # (R, N, 1), u'
+        next_log_policy = log_policy.gather(-1, next_action).sum((1, 2))  # (R,)
+        next_stage1 = target.agent.unroll(batch.obs, last_action, batch.groups)[after].gather(-1, next_action)
+        next_q = target.mixer(target.local_q(next_stage1, next_state).squeeze(-1), next_state)  # (R,)
+        columns = (batch.reward, batch.terminated, next_q, next_log_policy)
+        padded = [batch.transitions.pad(column) for column in columns]  # each (T, B)
+        y = td_lambda_targets(*padded, batch.lengths, args.gamma, args.td_lambda, args.alpha)
+        y = batch.transitions.unpad(y)  # (R,)
+        entropy = -(log_policy.exp() * log_policy.masked_fill(~next_mask, 0)).sum((1, 2)).mean()
+
+    td_error = q_tot - y
+    weight = torch.where(td_error > 0, args.td_weight, 1.0)
+    loss_q = 0.5 * (weight * td_error.square()).mean()  # the mean is over real steps, not over weights
+    loss_pi = torch.zeros_like(loss_q)
+    if f is not None:  # gradients stop at Q_i and at Q_tot: this loss trains f alone
+        loss_pi = 0.5 * (f(q_i.detach(), batch.state[now]).sum((1, 2)) - q_tot.detach()).square().mean()
+    logs = {"td": loss_q.detach(), "policy": loss_pi.detach(), "q_tot": q_tot.detach().mean(), "entropy": entropy}
+    return loss_q + loss_pi, logs
+
+
+def update(networks: Networks, optimizer: torch.optim.Adam, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step. Adam works parameter by parameter, so one optimiser does for all losses; returns the logs."""
+    loss, logs = compute_losses(networks, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+    optimizer.step()
+    if args.tau < 1:
+        move_target(networks, args.tau)
+    return logs
+
+
+@torch.no_grad()
+def move_target(networks: Networks, tau: float) -> None:
+    """theta-bar <- tau theta + (1 - tau) theta-bar (Algorithm 1); tau = 1 copies."""
+    for online, target in zip(networks.critic.parameters(), networks.target.parameters(), strict=True):
+        target.lerp_(online, tau)
+
+
+# --- Acting and evaluation --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def act(networks: Networks, view: dict[str, torch.Tensor], last_action, hidden, alpha: float):
+    """Sample from the soft policy, independently for each environment and agent: action (E, N), hidden (E, N, H)."""
+    stage1, hidden = networks.critic.agent.step(view["obs"], last_action, hidden)  # (E, N, A)
+    log_policy = soft_log_policy(networks, stage1, view["state"], view["mask"], alpha)
+    return sample_action(log_policy, view["mask"]), hidden
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, env: Spread, device: torch.device, seed: int = 2**31, frames: list | None = None) -> dict:
+    """One greedy, decentralised episode in every environment; the seed, which no training has, fixes the start states.
+
+    Returns the number of episodes, and mean, standard deviation and standard error of their returns. Pictures of the
+    first environment, which then is a SpreadMPE2, are appended to `frames`.
+    """
+    obs, info = env.reset(seed=seed)
+    hidden = torch.zeros(env.num_envs, env.num_agents, agent.hidden_size, device=device)
+    last_action = torch.full((env.num_envs, env.num_agents), -1, device=device)
+    returns = np.zeros(env.num_envs)
+    for _ in range(env.episode_limit):
+        if frames is not None:
+            frames.append(env.render(0))
+        stage1, hidden = agent.step(torch.from_numpy(obs).to(device), last_action, hidden)
+        last_action = greedy_action(stage1, torch.from_numpy(info["action_mask"]).to(device))
+        obs, reward, *_, info = env.step(last_action.cpu().numpy())
+        returns += reward
+    return {
+        "episodes": len(returns),
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "return_se": float(returns.std() / math.sqrt(len(returns))),
+    }
+
+
+def capture_video(agent: Agent, level: str, device: torch.device, path: Path, episodes: int = 3) -> Summary.Image:
+    """Write greedy episodes, drawn by mpe2, as a GIF; return it for TensorBoard, which plays it among its images."""
+    frames: list[np.ndarray] = []
+    for episode in range(episodes):
+        evaluate(agent, SpreadMPE2(level, 1), device, seed=2**31 + episode, frames=frames)
+    save_gif(str(path), frames)
+    height, width, _ = frames[0].shape
+    return Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+
+
+# --- Files: written under a temporary name and renamed, so that none is ever left half written ------------------------
+
+
+def write_file(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def write_metrics(path: Path, rows: list[dict]) -> None:
+    """metrics.csv: a row per evaluation, written as a whole."""
+    lines = [",".join(rows[0])] + [",".join(str(value) for value in row.values()) for row in rows]
+    write_file(path, "\n".join(lines) + "\n")
+
+
+def save_checkpoint(run_dir: Path, step: int, training: dict, policy: dict, replay: Replay | None) -> None:
+    """Write training.pt, policy.pt and replay.pt into checkpoints/{step}; then older checkpoints lose their replay."""
+    folder = run_dir / "checkpoints" / str(step)
+    temporary = folder.with_name(f"{step}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        torch.save(training, temporary / "training.pt")
+        torch.save(policy, temporary / "policy.pt")
+        if replay is not None:
+            torch.save({"kind": f"{ALGORITHM} replay", **replay.state_dict()}, temporary / "replay.pt")
+        shutil.copy(temporary / "policy.pt", temporary / "newest.pt")
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"Checkpoint {folder} cannot be written ({error}); the one before it is intact.") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    os.replace(folder / "newest.pt", run_dir / "policy.pt")
+    for other in folder.parent.iterdir():
+        if other.suffix == ".tmp":  # of a run that was killed while it saved
+            shutil.rmtree(other)
+        elif other != folder:
+            (other / "replay.pt").unlink(missing_ok=True)
+
+
+def load_file(path: Path, kind: str) -> dict:
+    """One of our files, as dictionaries of tensors and numbers; InputError if it is missing, damaged or not ours."""
+    if not path.is_file():
+        raise InputError(f"There is no {path}: give a run folder, a checkpoint folder or, to evaluate, a policy.pt.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a damaged or foreign file makes the unpickler raise
+        saved = None
+    if not isinstance(saved, dict) or saved.get("kind") != f"{ALGORITHM} {kind}":
+        raise InputError(f"{path} is not a complete {kind} of {ALGORITHM}: it is damaged, or something else.")
+    return saved
+
+
+def checkpoint_folder(path: str) -> Path:
+    """A checkpoint folder itself, or the newest one of a run folder."""
+    newest = sorted((int(p.name), p) for p in Path(path).glob("checkpoints/*") if p.name.isdigit())
+    return newest[-1][1] if newest else Path(path)
+
+
+def policy_file(path: str) -> Path:
+    """policy.pt itself, or that of a checkpoint or run folder."""
+    return Path(path) if Path(path).is_file() else checkpoint_folder(path) / "policy.pt"
+
+
+def load_checkpoint(args: Args) -> dict:
+    """The training state to go on from, with its replay if there is one; InputError if it does not fit the options."""
+    folder = checkpoint_folder(args.resume)
+    saved = load_file(folder / "training.pt", "checkpoint")
+    for name in FIXED:
+        if saved["args"][name] != getattr(args, name):
+            option, ours, theirs = name.replace("_", "-"), getattr(args, name), saved["args"][name]
+            raise InputError(f"--{option} is {ours}, but {folder} was trained with {theirs}: leave the option out.")
+    has_replay = (folder / "replay.pt").exists()
+    return {**saved, "replay": load_file(folder / "replay.pt", "replay") if has_replay else None}
+
+
+def make_run_dir(args: Args) -> Path:
+    """The folder of this run: the resumed one, or a new one."""
+    name = f"spread_{args.level}__{args.exp_name}__{args.backend}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    resumed = checkpoint_folder(args.resume).parent.parent if args.resume else None
+    run_dir = Path(args.run_dir) if args.run_dir else resumed or Path("runs") / name
+    if run_dir != resumed and (run_dir / "config.json").exists():
+        raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or go on with --resume {run_dir}.")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").touch()
+    except OSError as error:
+        raise InputError(f"--run-dir {run_dir} cannot be written ({error.strerror}): choose another.") from None
+    return run_dir
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def choose_buffer_device(args: Args, env: Spread, device: torch.device) -> torch.device:
+    """Print how much memory the replay takes, and return where it is kept."""
+    N = env.num_agents
+    step_bytes = 4 * N * env.obs_size + 4 * env.state_size + N * env.num_actions + 8 * N + 4 + 1
+    most = args.buffer_size * (env.episode_limit + 1) * step_bytes
+    chosen = "cpu" if args.buffer_device == "auto" else args.buffer_device
+    if args.buffer_device == "auto" and device.type == "cuda" and most <= torch.cuda.mem_get_info()[0] / 2:
+        chosen = "cuda"
+    print(f"Replay on {chosen}: {step_bytes:,} bytes per step, {most / 1e9:.2f} GB when full.")
+    return torch.device(chosen)
+
+
+def to_tensors(arrays: dict[str, np.ndarray], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def to_arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def train(args: Args, stop: threading.Event | None = None) -> dict:
+    """Run the experiment, or the rest of it with args.resume, and return what summary.json holds.
+
+    Once `stop` is set, a checkpoint is saved and KeyboardInterrupt raised. Raises InputError for impossible settings,
+    OSError if a file cannot be written, FloatingPointError if a loss is not finite.
+    """
+    check_args(args)
+    saved = load_checkpoint(args) if args.resume else None
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    about = {
+        "backend": args.backend, "device": str(device), "python": platform.python_version(),
+        "torch": str(torch.__version__), "numpy": np.__version__, "mpe2": mpe2.__version__,
+    }  # fmt: skip
+    run_dir = make_run_dir(args)
+    config = json.dumps({"args": dataclasses.asdict(args), **about}, indent=2)
+    write_file(run_dir / "config.json", config)
+    print(f"Spread ({args.level}), seed {args.seed}, {device} -> {run_dir}", flush=True)
+    writer = SummaryWriter(str(run_dir), purge_step=saved["step"] + 1 if saved else None)
+    writer.add_text("config", f"```\n{config}\n```")
+
+    # Networks, replay, environments
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)
+    env, eval_env = make_env(args, args.num_envs, args.seed), make_env(args, args.eval_episodes, 0)
+    networks = Networks(env, args).to(device)
+    optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
+    replay = Replay(args.buffer_size, choose_buffer_device(args, env, device))
+    recorder = Recorder(env)
+    obs, info = env.reset()
+    view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}  # (E, N, O), (E, S), (E, N, A)
+    hidden = torch.zeros(args.num_envs, env.num_agents, networks.critic.agent.hidden_size, device=device)
+    last_action = torch.full((args.num_envs, env.num_agents), -1, device=device)
+    step = episodes = updates = 0
+    seconds_before, metrics = 0.0, []
+
+    if saved:
+        step, episodes, updates = saved["step"], saved["episodes"], saved["updates"]
+        seconds_before, metrics = saved["seconds"], saved["metrics"]
+        networks.load_state_dict(saved["networks"])
+        optimizer.load_state_dict(saved["optimizer"])
+        env.set_state(to_arrays(saved["env"]))
+        recorder.arrays, view = to_arrays(saved["recorder"]), to_arrays(saved["view"])
+        hidden, last_action = saved["hidden"].to(device), saved["last_action"].to(device)
+        if saved["replay"] is not None:
+            replay.load_state_dict(saved["replay"])
+        torch.set_rng_state(saved["torch_rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+
+    start_time, start_step, saved_step = time.time(), step, step
+
+    def save() -> None:
+        nonlocal saved_step
+        saved_step = step
+        training = {
+            "kind": f"{ALGORITHM} checkpoint", "args": dataclasses.asdict(args), **about, "metrics": metrics,
+            "step": step, "episodes": episodes, "updates": updates,
+            "seconds": seconds_before + time.time() - start_time, "networks": networks.state_dict(),
+            "optimizer": optimizer.state_dict(), "env": to_tensors(env.get_state()),
+            "recorder": to_tensors(recorder.arrays), "view": to_tensors(view),
+            "hidden": hidden, "last_action": last_action, "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        }  # fmt: skip
+        policy = {
+            "kind": f"{ALGORITHM} policy", "args": dataclasses.asdict(args), **about, "level": args.level,
+            "obs_size": env.obs_size, "num_agents": env.num_agents, "num_actions": env.num_actions,
+            "agent": networks.critic.agent.state_dict(),
+        }  # fmt: skip
+        save_checkpoint(run_dir, step, training, policy, replay if args.checkpoint_replay and len(replay) else None)
+
+    def test() -> None:
+        result = evaluate(networks.critic.agent, eval_env, device)
+        seconds = time.time() - start_time
+        metrics.append({
+            "step": step, "episodes": episodes, "updates": updates,
+            **{name: result[name] for name in ("return_mean", "return_std", "return_se")},
+            "sps": round((step - start_step) / seconds, 1), "seconds": round(seconds_before + seconds, 1),
+        })  # fmt: skip
+        write_metrics(run_dir / "metrics.csv", metrics)
+        for name in ("return_mean", "return_std", "return_se"):
+            writer.add_scalar(f"eval/{name}", result[name], step)
+        writer.add_scalar("charts/SPS", metrics[-1]["sps"], step)
+        writer.add_scalar("charts/alpha", args.alpha, step)
+        bar.set_postfix({"return": f"{result['return_mean']:.1f}"})
+
+    bar = tqdm(
+        total=args.total_timesteps, initial=step, unit="step", unit_scale=True, dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 60,
+    )  # fmt: skip
+    if not metrics:
+        test()
+    while step < args.total_timesteps and not (stop and stop.is_set()):
+        # Act in all environments
+        recorder.observe(np.arange(args.num_envs), view)
+        last_action, hidden = act(networks, to_tensors(view, device), last_action, hidden, args.alpha)
+        action = last_action.cpu().numpy()
+        obs, reward, terminated, truncated, info = env.step(action)
+        recorder.act(action, reward, terminated)
+        view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}
+        step += args.num_envs
+        bar.update(args.num_envs)
+
+        # Store finished episodes, and learn
+        finished = np.flatnonzero(terminated | truncated)
+        if len(finished):
+            final = info["final_info"]
+            final_view = {"obs": info["final_obs"], "state": final["state"], "mask": final["action_mask"]}
+            recorder.observe(finished, {name: array[finished] for name, array in final_view.items()})
+            hidden[finished], last_action[finished] = 0, -1
+        for e in finished:
+            episode = recorder.finish(e)
+            replay.add(episode)
+            episodes += 1
+            writer.add_scalar("charts/episodic_return", episode["reward"].sum(), step)
+            if len(replay) >= args.batch_size and episodes % args.episodes_per_update == 0:
+                logs = update(networks, optimizer, replay.sample(args.batch_size, device), args)
+                updates += 1
+                if not math.isfinite(sum(logs.values())):
+                    raise FloatingPointError(f"A loss is not finite at step {step} (update {updates}).")
+                if updates % 25 == 0:
+                    for name, value in logs.items():
+                        writer.add_scalar(f"losses/{name}", value, step)
+            if args.tau == 1 and episodes % args.target_update_interval == 0:
+                move_target(networks, 1.0)
+
+        # Test and save
+        if step // args.eval_interval > (step - args.num_envs) // args.eval_interval:
+            test()
+        if step // args.checkpoint_interval > (step - args.num_envs) // args.checkpoint_interval:
+            save()
+
+    completed = step >= args.total_timesteps
+    if completed and metrics[-1]["step"] < step:
+        test()
+    if saved_step < step:
+        save()
+    bar.close()
+    if not completed:
+        writer.close()
+        raise KeyboardInterrupt(f"Stopped at step {step:,}. Go on with: python {sys.argv[0]} --resume {run_dir}")
+    agent, last = networks.critic.agent, {n: metrics[-1][n] for n in ("return_mean", "return_std", "return_se")}
+    in_mpe2 = evaluate(agent, SpreadMPE2(args.level, args.eval_episodes), device)
+    if args.capture_video:
+        video = capture_video(agent, args.level, device, run_dir / "evaluation.gif")
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="evaluation", image=video)]), step)
+    writer.close()
+    summary = {
+        "args": dataclasses.asdict(args), **about, "env_steps": step, "episodes": episodes, "updates": updates,
+        "sps": metrics[-1]["sps"], "seconds": metrics[-1]["seconds"],
+        "eval": {"episodes": args.eval_episodes, **last}, "eval_mpe2": in_mpe2,
+    }  # fmt: skip
+    write_file(run_dir / "summary.json", json.dumps(summary, indent=2))
+    print(f"{step:,} steps: {describe(last)}; in mpe2: {describe(in_mpe2)} -> {run_dir}")
+    return summary
+
+
+def describe(result: dict) -> str:
+    return f"test return {result['return_mean']:.2f} +- {result['return_se']:.2f} (standard error)"
+
+
+def evaluate_policy(args: Args) -> dict:
+    """Test the agent network of a policy.pt in args.backend and in mpe2; print and return both results."""
+    check_args(args)
+    policy = load_file(policy_file(args.evaluate), "policy")
+    if policy["level"] != args.level:
+        raise InputError(f"--level is {args.level}, but {args.evaluate} was trained on another: leave --level out.")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    agent = Agent(policy["obs_size"], policy["num_agents"], policy["num_actions"]).to(device)
+    agent.load_state_dict(policy["agent"])
+    results = {}
+    for name in (args.backend, "mpe2"):
+        env = make_env(dataclasses.replace(args, backend=name), args.eval_episodes, 0)
+        results[name] = evaluate(agent, env, device)
+        print(f"Spread ({args.level}), {name}: {describe(results[name])}, {args.eval_episodes} episodes")
+    if args.capture_video:
+        path = policy_file(args.evaluate).with_name("evaluation.gif")
+        capture_video(agent, args.level, device, path)
+        print(f"Video: {path}")
+    return results
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    stop = threading.Event()
+
+    def stop_after_this_step(signum, frame):
+        stop.set()
+        signal.signal(signum, signal.default_int_handler)  # the second Ctrl-C does not wait
+
+    signal.signal(signal.SIGINT, stop_after_this_step)
+    signal.signal(signal.SIGTERM, stop_after_this_step)
+    try:
+        if args.resume or args.evaluate:  # what is not given on the command line is as it was in that run
+            training = checkpoint_folder(args.resume or "") / "training.pt"
+            file, kind = (policy_file(args.evaluate), "policy") if args.evaluate else (training, "checkpoint")
+            saved = load_file(file, kind)["args"]
+            options = {field.name for field in dataclasses.fields(Args)} - {"run_dir", "resume", "evaluate"}
+            args = tyro.cli(Args, default=Args(**{name: saved[name] for name in options & saved.keys()}))
+        evaluate_policy(args) if args.evaluate else train(args, stop)
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
