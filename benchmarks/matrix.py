@@ -1,6 +1,6 @@
 """How many seeds find the optimum of a one-step matrix game: the tables of results/matrix.md, as markdown.
 
-OMP_NUM_THREADS=1 python benchmarks/matrix.py               # 64 seeds a cell, about 20 minutes on one core
+OMP_NUM_THREADS=1 python benchmarks/matrix.py               # 64 seeds a cell, half an hour on one busy core
 python benchmarks/matrix.py --num-seeds 4 --total-timesteps 500                                # a minute, to look
 """
 
