@@ -152,7 +152,6 @@ def check_args(args: Args) -> None:
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 
-
 LEVELS = {"simple": 1.0, "medium": 1.5, "hard": 2.0}  # k, the half-width of the square in which the agents start
 FORCES = 5.0 * np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])  # (A, 2): stay, left, right, down, up
 OTHERS = np.array([[1, 2], [0, 2], [0, 1]])  # (N, 2): whom each agent sees and bumps into

@@ -1507,6 +1507,9 @@ class SMACv2Sim:
         flags = (self.reward_scale == "first_episode", self.enemy_wipe)
         return np.array([int(SIMULATOR_VERSION), *names, *sizes, *flags], np.int64)
 
+    def close(self):
+        """Nothing to do, since no process and no file is held; for programs that close their environments."""
+
     def get_state(self):
         """The whole state, all random states included, as a dict of new arrays of int64, float64 and uint8.
 

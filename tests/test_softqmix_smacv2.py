@@ -498,7 +498,7 @@ BAD_OPTIONS = {
     "--evaluate nowhere.pt": "nowhere.pt",
     "--run-dir README.md/run": "--run-dir",
     "--num-envs many": "num-envs",
-    "--backend starcraft2": "",
+    "--backend starcraft2": "requirements-smacv2.txt",
 }
 
 

@@ -26,7 +26,7 @@ PAIRS = [("qmix_smacv2.py", "softqmix_smacv2.py"), ("qmix_mpe.py", "softqmix_mpe
 SHARED = {
     "InputError", "Agent", "hypernetwork", "Mixer", "VDNMixer", "greedy_action", "TimeMajor", "Batch", "Replay",
     "td_lambda_targets", "compute_losses", "update", "move_target", "act", "write_file", "write_metrics",
-    "save_checkpoint", "load_file", "checkpoint_folder", "policy_file", "to_tensors", "to_arrays", "main",
+    "save_checkpoint", "load_file", "checkpoint_folder", "policy_file", "to_tensors", "to_arrays",
 }  # fmt: skip
 
 
