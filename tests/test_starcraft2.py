@@ -4,6 +4,7 @@ What needs no smacv2 always runs. For the rest: an environment of requirements-s
 `pytest tests/test_starcraft2.py` (four minutes).
 """
 
+import functools
 import importlib.util
 import os
 import random
@@ -407,6 +408,51 @@ if __name__ == "__main__":
     assert b"Process SpawnProcess" not in errors  # no worker complains beside the trainer
     if end in ("return", "exception", "interrupt"):
         assert not list(tmp_path.glob("sc2-*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With smacv2: training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@needs_smacv2
+@pytest.mark.parametrize("fault", ["none", "crash@60", "hang@60", "error@60", "kill"])
+def test_training_goes_on_and_stores_only_whole_battles(games, monkeypatch, tmp_path, fault):
+    """Two games to train on, two to test on, one fault in one of them."""
+    stored, stop = [], threading.Event()
+    monkeypatch.setenv("FAKE_SC2_FAULT", "" if fault in ("none", "kill") else fault)
+    monkeypatch.setenv("FAKE_SC2_FAULT_FILE", str(tmp_path / "fault"))
+    real_add = script.Replay.add
+
+    def add(replay, episode):
+        stored.append({name: array.copy() for name, array in episode.items()})
+        if fault == "kill" and len(stored) == 3:
+            os.kill(games.running()[0], signal.SIGKILL)
+        real_add(replay, episode)
+
+    monkeypatch.setattr(script.Replay, "add", add)
+    monkeypatch.setattr(
+        script.StarCraft2, "__init__", functools.partialmethod(script.StarCraft2.__init__, timeout=20.0)
+    )
+    sizes = dict(num_envs=2, batch_size=4, buffer_size=20, total_timesteps=600, eval_interval=400, eval_episodes=2)
+    args = script.Args(map="zerg_5_vs_5", backend="starcraft2", run_dir=str(tmp_path / "run"), **sizes)
+    summary = script.train(args, stop)
+    assert (summary["backend"], summary["simulator_version"], summary["env_steps"]) == ("starcraft2", None, 600)
+    assert summary["updates"] > 0
+    assert len(stored) == summary["episodes"]
+    for episode in stored:
+        length = len(episode["reward"])
+        assert episode["terminated"].tolist() == [False] * (length - 1) + [True]
+        played = episode["state"][:, -5 * 11 :].reshape(length + 1, 5, 11)  # the last actions, zeros at the start
+        assert not played[0].any()
+        alive = ~episode["mask"][:-1, :, 0]  # a dead agent's last action is shown as 0, as the one it takes
+        assert (played[1:].argmax(-1) == episode["action"])[alive].all()
+        assert np.take_along_axis(episode["mask"][:-1], episode["action"][..., None], axis=-1).all()
+        assert alive[0].all()
+    assert len(games.started()) == 4 + (fault != "none")
+    assert wait_until(lambda: not games.running())
+    resumed = script.train(script.Args(**(vars(args) | {"resume": str(tmp_path / "run"), "total_timesteps": 700})))
+    assert resumed["env_steps"] == 700
 
 
 # ---------------------------------------------------------------------------------------------------------------------
