@@ -1,7 +1,7 @@
 """QMIX on SMACv2 (Rashid et al. 2018, arXiv 1803.11485), one file, top to bottom: the twin of softqmix_smacv2.py.
 
     python qmix_smacv2.py --map protoss_5_vs_5                                        # the paper's run, 10M steps
-    python qmix_smacv2.py --map terran_5_vs_5 --total-timesteps 250000                # watch it learn
+    python qmix_smacv2.py --map terran_5_vs_5 --total-timesteps 200000                # watch it learn
     python qmix_smacv2.py --resume runs/NAME                                          # go on after Ctrl-C or a crash
     python qmix_smacv2.py --evaluate runs/NAME/policy.pt --eval-episodes 1000         # test what was learnt
 

@@ -1,7 +1,7 @@
 """Soft-QMIX on SMACv2: maximum-entropy QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930), one file, top to bottom.
 
     python softqmix_smacv2.py --map protoss_5_vs_5 --alpha 0.03                       # the paper's run, 10M steps
-    python softqmix_smacv2.py --map terran_5_vs_5 --total-timesteps 250000            # watch it learn
+    python softqmix_smacv2.py --map terran_5_vs_5 --total-timesteps 200000            # watch it learn
     python softqmix_smacv2.py --resume runs/NAME                                      # go on after Ctrl-C or a crash
     python softqmix_smacv2.py --evaluate runs/NAME/policy.pt --eval-episodes 1000     # test what was learnt
 
