@@ -37,6 +37,8 @@ class Args:
     """evaluations averaged for a point of a curve"""
     final: int = 10
     """last evaluations averaged for the table's final value"""
+    at: tuple[int, ...] = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000)
+    """steps at which the table gives the mean of the evaluations of the last 50,000 steps"""
 
 
 @dataclass
@@ -90,20 +92,30 @@ def band(runs: list[Run], x: str, y: str, window: int) -> tuple[np.ndarray, np.n
     return points, curves.mean(0), half
 
 
-def table(groups: dict, final: int) -> list[str]:
-    """A row a group: final value and area under the curve, mean +- standard deviation over seeds."""
-    lines = ["| where | algorithm | seeds | steps | final | area under the curve | measure |", "|" + "---|" * 7]
+def table(groups: dict, args: Args) -> list[str]:
+    """A row a group: values on the way, final value and area under the curve, mean +- standard deviation over seeds."""
+    longest = max(run.columns["step"][-1] for runs in groups.values() for run in runs)
+    at = [step for step in args.at if step <= longest]
+    heads = ["where", "algorithm", "measure", "seeds", "steps", *(f"{step / 1e6:g}M" for step in at), "final", "area"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for (place, label), runs in sorted(groups.items()):
         measure = "win_rate" if "win_rate" in runs[0].columns else "return_mean"
         steps = min(run.columns["step"][-1] for run in runs)
-        last, area = [], []
+        found = {head: [] for head in heads[5:]}
         for run in runs:
             inside = run.columns["step"] <= steps
             values, x = run.columns[measure][inside], run.columns["step"][inside]
-            last.append(values[-final:].mean())
-            area.append(np.trapezoid(values, x) / (x[-1] - x[0]) if len(x) > 1 else values[0])
-        cells = [f"{np.mean(v):.3g} +- {np.std(v, ddof=1):.2g}" if len(v) > 1 else f"{v[0]:.3g}" for v in (last, area)]
-        lines.append(f"| {place} | {label} | {len(runs)} | {steps:,.0f} | {cells[0]} | {cells[1]} | {measure} |")
+            for step, head in zip(at, heads[5:-2], strict=True):
+                window = (x > step - 50_000) & (x <= step)
+                if step <= steps and window.any():
+                    found[head].append(values[window].mean())
+            found["final"].append(values[-args.final :].mean())
+            found["area"].append(np.trapezoid(values, x) / (x[-1] - x[0]) if len(x) > 1 else values[0])
+        cells = [
+            f"{np.mean(v):.3g}" + (f" +- {np.std(v, ddof=1):.2g}" if len(v) > 1 else "") if v else ""
+            for v in found.values()
+        ]
+        lines.append(f"| {place} | {label} | {measure} | {len(runs)} | {steps:,.0f} | {' | '.join(cells)} |")
     return lines
 
 
@@ -148,7 +160,7 @@ def main() -> int:
     groups = defaultdict(list)
     for run in runs:
         groups[run.place, short[run.label]].append(run)
-    print("\n".join(table(groups, args.final)))
+    print("\n".join(table(groups, args)))
     draw(groups, args)
     print(f"Picture: {args.out}")
     return 0
