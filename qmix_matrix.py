@@ -13,16 +13,11 @@ Equation, table and appendix numbers are the paper's. Letters in shape comments:
 weight), B transitions of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, S = 1 state.
 """
 
-import csv
-import dataclasses
 import io
 import json
 import math
-import os
-import platform
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,7 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -47,42 +41,23 @@ GAMES = {
 
 @dataclass
 class Args:
-    exp_name: str = "qmix_matrix"
-    """name of this experiment, part of the run's name"""
-    payoff: str = "table1"
-    """table1, released, climbing, penalty, or a CSV file: a line for each action of the first agent"""
-    seed: int = 1
-    """the first seed; each fixes the networks, exploration and replay of its own row"""
-    num_seeds: int = 16
-    """independent seeds, trained side by side as one batch"""
-    run_dir: str | None = None
-    """folder of this run; default runs/{payoff}__{exp_name}__{seed}__{time}"""
-
-    total_timesteps: int = 10_000
-    """games played by each seed (section 5.1)"""
-    num_envs: int = 4
-    """games played before each update (Table 8)"""
-    batch_size: int = 128
-    """games in an update (Table 8); the first update waits for this many"""
-    buffer_size: int = 5000
-    """games in the replay (Table 8)"""
-    learning_rate: float = 1e-3
-    """of Adam (Table 8)"""
-    max_grad_norm: float = 10.0
-    """gradient norm is clipped to this, separately for each seed and each loss"""
-    td_weight: float = 0.1
-    """weight of squared TD errors where Q_tot exceeds its target; 1 is the paper (Eq. 13) and is trained as well"""
-    mixer: Literal["qmix", "vdn"] = "qmix"
-    """qmix: the monotonic network; vdn: the plain sum of Q_i"""
-    epsilon_start: float = 1.0
-    """chance of a random action at the start (Table 8)"""
-    epsilon_finish: float = 0.05
-    """chance of a random action once annealed (Table 8)"""
-    epsilon_anneal_time: int = 5000
-    """games over which it falls: half the run (Table 8's 1 % of it would end before learning starts)"""
-
-    eval_interval: int = 500
-    """games between tests of the greedy joint action"""
+    exp_name: str = "qmix_matrix"  # name of this experiment, part of the run's name
+    payoff: str = "table1"  # table1, released, climbing, penalty, or a CSV file: a line for each of agent 1's actions
+    seed: int = 1  # the first seed; each fixes the networks, exploration and replay of its own row
+    num_seeds: int = 16  # independent seeds, trained side by side as one batch
+    run_dir: str | None = None  # folder of this run; default runs/{payoff}__{exp_name}__{seed}__{time}
+    total_timesteps: int = 10_000  # games played by each seed (section 5.1)
+    num_envs: int = 4  # games played before each update (Table 8)
+    batch_size: int = 128  # games in an update (Table 8); the first update waits for this many
+    buffer_size: int = 5000  # games in the replay (Table 8)
+    learning_rate: float = 1e-3  # of Adam (Table 8)
+    max_grad_norm: float = 10.0  # gradient norm is clipped to this, separately for each seed and each loss
+    td_weight: float = 0.1  # of squared TD errors where Q_tot exceeds its target; 1, the paper's Eq. 13, is trained too
+    mixer: Literal["qmix", "vdn"] = "qmix"  # qmix: the monotonic network; vdn: the plain sum of Q_i
+    eval_interval: int = 500  # games between tests of the greedy joint action
+    epsilon_start: float = 1.0  # chance of a random action at the start (Table 8)
+    epsilon_finish: float = 0.05  # chance of a random action once annealed (Table 8)
+    epsilon_anneal_time: int = 5000  # games over which it falls: half the run (Table 8's 1 % would be over too early)
 
 
 class InputError(ValueError):
@@ -91,25 +66,28 @@ class InputError(ValueError):
 
 def check_args(args: Args) -> None:
     """Raise InputError for impossible settings."""
-    for name in ("num_seeds", "total_timesteps", "num_envs", "batch_size", "buffer_size", "eval_interval"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be a number above 0.")
+    counts = ("num_seeds", "total_timesteps", "num_envs", "batch_size", "buffer_size", "eval_interval")
+    lowest = dict.fromkeys(counts, 1) | dict.fromkeys(("learning_rate", "max_grad_norm"), 1e-9)
+    for name, low in (lowest | {"seed": 0, "td_weight": 0, "epsilon_anneal_time": 0}).items():
+        if not low <= getattr(args, name) <= 1e9:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [{low:g}, 1e9].")
     if not 0 <= args.epsilon_finish <= args.epsilon_start <= 1:
         raise InputError("--epsilon-start and --epsilon-finish must be in [0, 1], the first not below the second.")
-    if args.epsilon_anneal_time < 0:
-        raise InputError(f"--epsilon-anneal-time is {args.epsilon_anneal_time}; it must be at least 0.")
-    if not 0 <= args.seed < 2**31:
-        raise InputError(f"--seed is {args.seed}; it must be in [0, {2**31 - 1}].")
-    if not 0 <= args.td_weight < math.inf:
-        raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
     if max(args.batch_size, args.num_envs) > min(args.buffer_size, args.total_timesteps):
         raise InputError("--batch-size and --num-envs must not be larger than --buffer-size or --total-timesteps.")
 
 
-# --- Game -------------------------------------------------------------------------------------------------------------
+def load_payoff(name: str):
+    """The payoff of that name or in that CSV file, as rows of numbers."""
+    try:
+        lines = [] if name in GAMES else Path(name).read_text(encoding="utf-8-sig").splitlines()
+        rows = GAMES.get(name) or [[float(value) for value in line.split(",")] for line in lines if line.strip()]
+    except (OSError, ValueError):
+        rows = []
+    if len(set(map(len, rows))) != 1 or not all(abs(value) <= 1e6 for row in rows for value in row):
+        file = "a readable file of lines with equally many numbers up to 1e6, separated by commas"
+        raise InputError(f"--payoff {name} is neither one of {', '.join(GAMES)} nor {file}.")
+    return rows
 
 
 class Game:
@@ -118,32 +96,13 @@ class Game:
     def __init__(self, payoff):
         self.payoff = torch.as_tensor(payoff, dtype=torch.get_default_dtype())  # (n, m)
         n, m = self.payoff.shape
-        self.num_agents, self.num_actions = 2, max(n, m)
-        self.mask = torch.arange(self.num_actions) < torch.tensor([[n], [m]])  # (N, A)
+        self.mask = torch.arange(max(n, m)) < torch.tensor([[n], [m]])  # (N, A)
         self.joint_actions = torch.cartesian_prod(torch.arange(n), torch.arange(m))  # (J, N)
+        self.names = [[chr(ord("A") + u) if u < 26 else str(u) for u in range(size)] for size in (n, m)]  # of actions
 
     def joint(self, action: torch.Tensor) -> torch.Tensor:
         """action (..., N) -> which of the J joint actions (...)."""
         return action[..., 0] * self.payoff.shape[1] + action[..., 1]
-
-
-def load_payoff(name: str):
-    """The payoff of that name or in that CSV file, as rows of numbers."""
-    if name in GAMES:
-        return GAMES[name]
-    try:
-        lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
-        rows = [[float(value) for value in line.split(",")] for line in lines if line.strip()]
-    except OSError:
-        raise InputError(f"--payoff {name} is neither a readable file nor one of {', '.join(GAMES)}.") from None
-    except ValueError:
-        rows = []
-    if not rows or len(set(map(len, rows))) > 1 or not all(abs(value) <= 1e6 for row in rows for value in row):
-        raise InputError(f"--payoff {name} must hold lines of equally many numbers up to 1e6, separated by commas.")
-    return rows
-
-
-# --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
 
 
 class Agent(nn.Module):
@@ -155,7 +114,6 @@ class Agent(nn.Module):
 
     def __init__(self, num_agents: int, num_actions: int, hidden_size: int = 64):
         super().__init__()
-        self.num_agents = num_agents
         self.fc_in = nn.Linear(1 + num_agents, hidden_size)
         self.gru = nn.Linear(hidden_size, 3 * hidden_size)
         self.gru_hidden_bias = nn.Parameter(torch.empty(3 * hidden_size).uniform_(-1, 1) / hidden_size**0.5)
@@ -163,7 +121,7 @@ class Agent(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """obs (N, 1), a constant -> values (N, A)."""
-        x = F.relu(self.fc_in(torch.cat([obs, torch.eye(self.num_agents)], dim=-1)))  # (N, H)
+        x = F.relu(self.fc_in(torch.cat([obs, torch.eye(len(obs))], dim=-1)))  # (N, H)
         (reset, keep, new), biases = self.gru(x).chunk(3, -1), self.gru_hidden_bias.chunk(3)  # (N, H), (H,) each
         new = torch.tanh(new + torch.sigmoid(reset + biases[0]) * biases[2])
         return self.fc_out((1 - torch.sigmoid(keep + biases[1])) * new)
@@ -211,19 +169,15 @@ class Networks(nn.Module):
 
     def __init__(self, game: Game, args: Args):
         super().__init__()
-        self.game = game
-        self.agent = Agent(game.num_agents, game.num_actions)
-        self.mixer = Mixer(1, game.num_agents) if args.mixer == "qmix" else VDNMixer()
+        self.joint_actions = game.joint_actions
+        self.agent = Agent(*game.mask.shape)
+        self.mixer = Mixer(1, 2) if args.mixer == "qmix" else VDNMixer()
 
     def forward(self) -> Values:
-        state = torch.ones(1, 1)  # (1, S), the constant that the hypernetworks see
-        stage1 = self.agent(torch.ones(self.game.num_agents, 1))  # (N, A)
-        agents, joint = torch.arange(self.game.num_agents), self.game.joint_actions
-        q_tot = self.mixer(stage1[agents, joint], state)  # (J, N), one state for all -> (J,)
+        agents, state = torch.arange(2), torch.ones(1, 1)  # (1, S), the constant that the hypernetworks see
+        stage1 = self.agent(torch.ones(2, 1))  # (N, A)
+        q_tot = self.mixer(stage1[agents, self.joint_actions], state)  # (J, N), one state for all -> (J,)
         return Values(stage1, q_tot)
-
-
-# --- Policy -----------------------------------------------------------------------------------------------------------
 
 
 def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -239,24 +193,21 @@ def epsilon_at(step: int, args: Args) -> float:
 
 def policy(values: Values, game: Game, args: Args, step: int) -> torch.Tensor:
     """Epsilon-greedy with respect to Q_i: (K, N, A)."""
-    greedy = F.one_hot(greedy_action(values.stage1, game.mask), game.num_actions)
+    greedy = F.one_hot(greedy_action(values.stage1, game.mask), game.mask.shape[1])
     epsilon = epsilon_at(step, args)
     return epsilon * game.mask / game.mask.sum(-1, keepdim=True) + (1 - epsilon) * greedy
 
 
 def act(values: Values, game: Game, args: Args, step: int, generators: list[torch.Generator]) -> torch.Tensor:
     """Epsilon-greedy actions, with a coin for each environment and agent: (K, E, N)."""
-    shape = (args.num_envs, game.num_agents, game.num_actions + 1)
+    shape = (args.num_envs, 2, game.mask.shape[1] + 1)
     noise = torch.stack([torch.rand(shape, generator=generator) for generator in generators])  # (K, E, N, A + 1)
     random_action = noise[..., 1:].masked_fill(~game.mask, -1).argmax(-1)
     greedy = greedy_action(values.stage1, game.mask).unsqueeze(1)  # (K, 1, N)
     return torch.where(noise[..., 0] < epsilon_at(step, args), random_action, greedy)
 
 
-# --- Losses and update ------------------------------------------------------------------------------------------------
-
-
-def compute_loss(values: Values, joint: torch.Tensor, reward: torch.Tensor, td_weight: torch.Tensor):
+def compute_losses(values: Values, joint: torch.Tensor, reward: torch.Tensor, td_weight: torch.Tensor):
     """L_Q (Eq. 13) of every seed, (K,): joint, reward (K, B), td_weight (K,).
 
     The game ends with its first step, so the target is the reward: no bootstrap, no target networks.
@@ -264,7 +215,7 @@ def compute_loss(values: Values, joint: torch.Tensor, reward: torch.Tensor, td_w
     q_tot = values.q_tot.gather(1, joint)  # (K, B)
     td_error = q_tot - reward
     weight = torch.where(td_error > 0, td_weight.unsqueeze(1), 1.0)
-    return 0.5 * (weight * td_error.square()).mean(1)
+    return {"losses/td": 0.5 * (weight * td_error.square()).mean(1)}
 
 
 def clip_grad_norm(parameters: list[torch.Tensor], max_norm: float) -> None:
@@ -275,20 +226,6 @@ def clip_grad_norm(parameters: list[torch.Tensor], max_norm: float) -> None:
         p.grad.mul_(scale.view(-1, *[1] * (p.ndim - 1)))
 
 
-def update(values: Values, joint, reward, td_weight, optimizer: torch.optim.Adam, args: Args) -> dict:
-    """One gradient step for each seed; returns the loss (K,). Adam is per parameter: one optimiser serves all."""
-    loss_q = compute_loss(values, joint, reward, td_weight)
-    optimizer.zero_grad()
-    loss_q.sum().backward()
-    for group in optimizer.param_groups:
-        clip_grad_norm(group["params"], args.max_grad_norm)
-    optimizer.step()
-    return {"losses/td": loss_q.detach()}
-
-
-# --- Training: K independent seeds as one batch -----------------------------------------------------------------------
-
-
 class Seeds:
     """Networks, exploration and replay of K independent seeds, each of which draws from its own random numbers alone.
 
@@ -296,52 +233,48 @@ class Seeds:
     """
 
     def __init__(self, game: Game, args: Args, seeds: list[int], td_weight: list[float]):
-        self.game, self.args, self.td_weight = game, args, torch.tensor(td_weight)
+        self.game, self.args, self.step, self.td_weight = game, args, 0, torch.tensor(td_weight)  # (K,)
         models, self.generators = [], [torch.Generator() for _ in seeds]
         for seed, generator in zip(seeds, self.generators, strict=True):
             torch.manual_seed(seed)
             models.append(Networks(game, args))
             generator.set_state(torch.get_rng_state())  # exploration and replay go on where initialisation stopped
-        self.parameters, _ = stack_module_state(models)  # (K, ...) each
-        groups = [{"params": list(self.parameters.values())}]
-        self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)  # fused: the same steps, faster
         self.networks = vmap(lambda parameters: functional_call(models[0], parameters, ()))
-        self.replay_joint = torch.zeros(len(seeds), args.buffer_size, dtype=torch.long)
-        self.replay_reward = torch.zeros(len(seeds), args.buffer_size)
-        self.step = 0
+        self.parameters, _ = stack_module_state(models)  # (K, ...) each
+        groups = [{"params": list(self.parameters.values())}]  # theta
+        self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)  # one for all: it is elementwise
+        self.replay = torch.zeros(len(seeds), args.buffer_size, dtype=torch.long)  # joint actions; they fix the reward
 
     def values(self) -> Values:
         return self.networks(self.parameters)
 
     def advance(self) -> dict[str, torch.Tensor]:
-        """Play num_envs games and learn once; returns what is to be logged, (K,) each."""
+        """Play num_envs games and learn once; returns what is to be logged, (K, ...) each."""
         values, args = self.values(), self.args  # one pass: acting and learning see the same networks
-        with torch.no_grad():
-            joint = self.game.joint(act(values, self.game, args, self.step, self.generators))  # (K, E)
-        reward = self.game.payoff.flatten()[joint]
-        slots = torch.arange(self.step, self.step + args.num_envs) % args.buffer_size
-        self.replay_joint[:, slots], self.replay_reward[:, slots] = joint, reward
+        payoff = self.game.payoff.flatten()  # (J,)
+        played = self.game.joint(act(values, self.game, args, self.step, self.generators))  # (K, E)
+        self.replay[:, torch.arange(self.step, self.step + args.num_envs) % args.buffer_size] = played
         self.step += args.num_envs
-        logs = {"charts/episodic_return": reward.mean(1)}
+        losses = {}
         if self.step >= args.batch_size:
             size = min(self.step, args.buffer_size)
             chosen = torch.stack([torch.randint(size, (args.batch_size,), generator=g) for g in self.generators])
-            batch = self.replay_joint.gather(1, chosen), self.replay_reward.gather(1, chosen)  # (K, B) each
-            logs |= update(values, *batch, self.td_weight, self.optimizer, args)
-        return logs
+            joint = self.replay.gather(1, chosen)  # (K, B)
+            losses = compute_losses(values, joint, payoff[joint], self.td_weight)
+            self.optimizer.zero_grad()
+            sum(losses.values()).sum().backward()
+            for group in self.optimizer.param_groups:
+                clip_grad_norm(group["params"], args.max_grad_norm)
+            self.optimizer.step()
+        return {"charts/episodic_return": payoff[played]} | losses
 
     @torch.no_grad()
     def test(self) -> dict[str, torch.Tensor]:
         """What was learnt: greedy joint actions (K, N), what they pay (K,), Q_tot (K, n, m), policies (K, N, A)."""
-        values = self.values()
-        greedy = greedy_action(values.stage1, self.game.mask)
-        q_tot = values.q_tot.unflatten(1, self.game.payoff.shape)
-        pays = self.game.payoff.flatten()[self.game.joint(greedy)]
-        pi = policy(values, self.game, self.args, self.step)
-        return {"greedy": greedy, "pays": pays, "q_tot": q_tot, "policy": pi}
-
-
-# --- Results ----------------------------------------------------------------------------------------------------------
+        values, payoff = self.values(), self.game.payoff
+        greedy, pi = greedy_action(values.stage1, self.game.mask), policy(values, self.game, self.args, self.step)
+        pays = payoff.flatten()[self.game.joint(greedy)]
+        return {"greedy": greedy, "pays": pays, "q_tot": values.q_tot.unflatten(1, payoff.shape), "policy": pi}
 
 
 def wilson_interval(wins: float, n: int) -> tuple[float, float]:
@@ -351,65 +284,41 @@ def wilson_interval(wins: float, n: int) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def action_name(action: int) -> str:
-    return chr(ord("A") + action) if action < 26 else str(action)
-
-
 def summarise(tested: dict[str, torch.Tensor], game: Game, seeds: list[int], td_weight: float) -> dict:
     """Of the seeds at one weight: how many found an optimal joint action, and what each has learnt."""
-    greedy = [tuple(row) for row in tested["greedy"].tolist()]
-    successes = int((tested["pays"] == game.payoff.max()).sum())
-    pays, sizes = tested["pays"].tolist(), game.payoff.shape
-    shown = pays.index(Counter(pays).most_common(1)[0][0])  # the first of the seeds that earn what most seeds earn
-    return {
-        "td_weight": td_weight, "success_rate": successes / len(seeds), "successes": successes,
-        "interval": wilson_interval(successes, len(seeds)), "seeds": seeds, "representative": seeds[shown],
-        "greedy": greedy, "pays": pays, "q_tot": tested["q_tot"].tolist(),
-        "policy": [[pi[:size] for pi, size in zip(row, sizes, strict=True)] for row in tested["policy"].tolist()],
-    }  # fmt: skip
+    learnt = {name: value.tolist() for name, value in tested.items()}
+    pays, (n, m) = learnt["pays"], game.payoff.shape
+    wins = pays.count(game.payoff.max().item())
+    shown = seeds[pays.index(max(pays, key=pays.count))]  # the first of the seeds that earn what most seeds earn
+    learnt["policy"] = [[row[:n], column[:m]] for row, column in learnt["policy"]]
+    result = {"td_weight": td_weight, "success_rate": wins / len(seeds), "successes": wins, "seeds": seeds}
+    return result | {"interval": wilson_interval(wins, len(seeds)), "representative": shown, **learnt}
 
 
-def describe(result: dict) -> str:
-    """The representative seed's policies and Q_tot in the layout of Table 2, then the count over all seeds."""
-    shown = result["seeds"].index(result["representative"])
-    (rows, columns), greedy = result["policy"][shown], result["greedy"][shown]
-    lines = ["     " + " " * 7 + "".join(f"{action_name(u):>8}" for u in range(len(columns)))]
-    lines.append("     " + " " * 7 + "".join(f"{p:8.2f}" for p in columns))
-    for u, (p, values) in enumerate(zip(rows, result["q_tot"][shown], strict=True)):
-        lines.append(f"{action_name(u):>5}{p:7.2f}" + "".join(f"{value:8.2f}" for value in values))
-    weight = f"td-weight {result['td_weight']:g}" + (", Eq. 13 as written" if result["td_weight"] == 1 else "")
-    n, (low, high) = len(result["seeds"]), result["interval"]
-    names, pays = ", ".join(map(action_name, greedy)), result["pays"][shown]
-    lines.insert(0, f"\n--- {weight}: Q_tot of seed {result['representative']}, its policies on the margins ---")
-    lines.append(f"greedy joint action ({names}) pays {pays:g}, the most frequent outcome")
-    lines.append(f"optimal joint action in {result['successes']} of {n} seeds (95 % interval {low:.2f} to {high:.2f})")
-    return "\n".join(lines)
-
-
-def draw_picture(game: Game, results: list[dict], title: str) -> Figure:
-    """Heat maps on one colour scale: the payoff, then Q_tot at each weight with the policies on its margins."""
-    figure = Figure(figsize=(4.4 * (1 + len(results)), 4.6), layout="constrained")
-    figure.suptitle(f"{title}: greedy joint action in red")
-    panels = [("payoff", game.payoff.tolist(), None, None)]
-    for result in results:
-        shown, n = result["seeds"].index(result["representative"]), len(result["seeds"])
-        name = f"Q_tot of seed {result['representative']}, td-weight {result['td_weight']:g}"
-        name += f"\noptimal in {result['successes']} of {n} seeds"
-        panels.append((name, result["q_tot"][shown], result["policy"][shown], result["greedy"][shown]))
-    every = torch.stack([torch.tensor(matrix) for _, matrix, _, _ in panels])
-    for axes, (name, matrix, margins, greedy) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        image = axes.imshow(matrix, cmap="viridis", vmin=every.min().item(), vmax=every.max().item())
-        axes.set_title(name, fontsize=10)
-        for axis, size, u in ((axes.yaxis, len(matrix), 0), (axes.xaxis, len(matrix[0]), 1)):
-            names = [action_name(a) + (f"\n{margins[u][a]:.2f}" if margins else "") for a in range(size)]
-            axis.set_ticks(range(size), names)
-        if len(matrix) * len(matrix[0]) <= 100:
-            for i, j in game.joint_actions.tolist():
-                colour = "black" if image.norm(matrix[i][j]) > 0.6 else "white"
-                axes.text(j, i, f"{round(matrix[i][j], 2):g}", ha="center", va="center", color=colour)
-        if greedy:
-            corner = (greedy[1] - 0.47, greedy[0] - 0.47)
-            axes.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, linewidth=4, edgecolor="red"))
+def report(game: Game, results: list[dict], title: str) -> Figure:
+    """Print Q_tot and policies of the representative seeds in the layout of Table 2; draw them beside the payoff."""
+    panels = [("payoff", game.payoff.tolist(), *game.names)]
+    for r in results:
+        k, n, (low, high) = r["seeds"].index(r["representative"]), len(r["seeds"]), r["interval"]
+        q_tot, policies = r["q_tot"][k], r["policy"][k]
+        heading = f"Q_tot of seed {r['representative']}, td-weight {r['td_weight']:g}"
+        rows, columns = ([f"{u} {p:.2f}" for u, p in zip(game.names[i], policies[i], strict=True)] for i in range(2))
+        panels.append((heading, q_tot, rows, columns))
+        print(f"\n--- {heading}, its policies on the margins ---\n{'':8}" + "".join(f"{label:>8}" for label in columns))
+        for label, values in zip(rows, q_tot, strict=True):
+            print(f"{label:>8}" + "".join(f"{value:8.2f}" for value in values))
+        greedy = ", ".join(game.names[i][u] for i, u in enumerate(r["greedy"][k]))
+        print(f"greedy joint action ({greedy}) pays {r['pays'][k]:g}, the most frequent outcome")
+        print(f"optimal joint action in {r['successes']} of {n} seeds (95 % interval {low:.2f} to {high:.2f})")
+    figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained")
+    figure.suptitle(title)
+    for axes, (heading, matrix, rows, columns) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.imshow(matrix, alpha=0.6, vmin=game.payoff.min().item(), vmax=game.payoff.max().item())
+        axes.set_title(heading)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xticks(range(len(columns)), columns)
+        for i, j in game.joint_actions.tolist():
+            axes.text(j, i, f"{round(matrix[i][j], 2):g}", ha="center", va="center")
     return figure
 
 
@@ -417,87 +326,59 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write under a temporary name and rename, so that no file is ever left half written."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
-def write_metrics(path: Path, rows: list[dict]) -> None:
-    """metrics.csv: a row per test and weight."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, buffer.getvalue())
-
-
-def make_run_dir(args: Args) -> Path:
-    """The folder of this run, new or without a run in it."""
-    name = f"{Path(args.payoff).stem}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir) if args.run_dir else Path("runs") / name
-    if (run_dir / "config.json").exists():
-        raise InputError(f"{run_dir} already holds a run: choose another --run-dir.")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").touch()
-    except OSError as error:
-        raise InputError(f"--run-dir {run_dir} cannot be written ({error.strerror}): choose another.") from None
-    return run_dir
+    temporary.replace(path)
 
 
 def train(args: Args) -> dict:
     """Run the experiment at args.td_weight and at weight 1 and return what summary.json holds."""
     check_args(args)
     game = Game(load_payoff(args.payoff))
-    run_dir = make_run_dir(args)
-    about = {"python": platform.python_version(), "torch": torch.__version__}
-    write_file(run_dir / "config.json", json.dumps({"args": dataclasses.asdict(args), **about}, indent=2))
-    first, last = args.seed, args.seed + args.num_seeds - 1
-    title = f"QMIX on {args.payoff}, seeds {first} to {last}"
+    name = f"{Path(args.payoff).stem}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").touch(exist_ok=False)
+    except OSError as error:
+        raise InputError(f"--run-dir {run_dir} already holds a run or cannot be written ({error.strerror}).") from None
+    about = {"args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
+    write_file(run_dir / "config.json", json.dumps(about, indent=2))
+    seeds, weights = list(range(args.seed, args.seed + args.num_seeds)), list(dict.fromkeys((args.td_weight, 1.0)))
+    title = f"QMIX on {args.payoff}, seeds {seeds[0]} to {seeds[-1]}"
     print(f"{title} -> {run_dir}", flush=True)
 
-    seeds, weights = list(range(first, last + 1)), list(dict.fromkeys((args.td_weight, 1.0)))
     learners = Seeds(game, args, seeds * len(weights), [w for w in weights for _ in seeds])  # K rows, weight by weight
     writers = [SummaryWriter(str(run_dir / f"td_weight_{w:g}")) for w in weights]
-    start_time, metrics = time.time(), []
-    quiet = 0.5 if sys.stderr.isatty() else 60
-    with tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, mininterval=quiet) as bar:
-        while learners.step < args.total_timesteps:
-            logs = learners.advance()
-            bar.update(min(args.num_envs, args.total_timesteps - bar.n))
-            due = learners.step // args.eval_interval > (learners.step - args.num_envs) // args.eval_interval
-            if learners.step < args.total_timesteps and not (due and "losses/td" in logs):
-                continue
-            tested, sps, results = learners.test(), learners.step * args.num_seeds / (time.time() - start_time), []
-            if not tested["q_tot"].isfinite().all():
-                raise FloatingPointError(f"Q_tot is not finite at step {learners.step}: lower --learning-rate.")
-            for i, (weight, writer) in enumerate(zip(weights, writers, strict=True)):
-                ours = {name: value.unflatten(0, (-1, args.num_seeds))[i] for name, value in (tested | logs).items()}
-                results.append(summarise(ours, game, seeds, weight))
-                row = {name: ours[name].mean().item() for name in logs} | {
-                    "losses/q_tot": ours["q_tot"].mean().item(),
-                    "losses/entropy": torch.special.entr(ours["policy"]).sum((1, 2)).mean().item(),
-                    "eval/return_mean": ours["pays"].mean().item(),
-                    "eval/success_rate": results[i]["success_rate"],
-                    "charts/SPS": round(sps),
-                }
-                for name, value in row.items():
-                    writer.add_scalar(name, value, learners.step)
-                short = {name.split("/")[1]: value for name, value in row.items()}
-                metrics.append({"step": learners.step, "td_weight": weight, **short})
-            write_metrics(run_dir / "metrics.csv", metrics)
-            bar.set_postfix(
-                {f"optimal at weight {r['td_weight']:g}": f"{r['successes']}/{len(seeds)}" for r in results}
-            )
+    start_time, table = time.time(), []
+    bar = tqdm(range(0, args.total_timesteps, args.num_envs), unit="step", unit_scale=args.num_envs, dynamic_ncols=True)
+    for _ in bar:
+        logs, step = learners.advance(), learners.step
+        if step < args.total_timesteps and (step < args.batch_size or step % args.eval_interval >= args.num_envs):
+            continue
+        tested, results, sps = learners.test(), [], round(step * args.num_seeds / (time.time() - start_time))
+        if not tested["q_tot"].isfinite().all():
+            raise FloatingPointError(f"Q_tot is not finite at step {step}: lower --learning-rate.")
+        logs |= {"losses/q_tot": tested["q_tot"], "losses/entropy": torch.special.entr(tested["policy"]).sum((1, 2))}
+        logs |= {"eval/return_mean": tested["pays"], "eval/success_rate": tested["pays"] == game.payoff.max()}
+        for i, (weight, writer) in enumerate(zip(weights, writers, strict=True)):
+            rows = slice(i * args.num_seeds, (i + 1) * args.num_seeds)
+            results.append(summarise({name: value[rows] for name, value in tested.items()}, game, seeds, weight))
+            means = {name: value[rows].double().mean().item() for name, value in logs.items()} | {"charts/SPS": sps}
+            for name, mean in means.items():
+                writer.add_scalar(name, mean, step)
+            table.append({"step": step, "td_weight": weight, **{name.split("/")[1]: m for name, m in means.items()}})
+        lines = [",".join(map(str, line)) for line in (table[0], *(row.values() for row in table))]
+        write_file(run_dir / "metrics.csv", "\n".join(lines) + "\n")
+        bar.set_postfix({f"optimal at weight {r['td_weight']:g}": f"{r['successes']}/{len(seeds)}" for r in results})
 
-    figure, picture = draw_picture(game, results, title), io.BytesIO()
+    figure, picture = report(game, results, title), io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_file(run_dir / "q_tot.png", picture.getvalue())
-    writers[0].add_figure("q_tot", figure, learners.step)
+    writers[0].add_figure("q_tot", figure, step)
     for writer in writers:
         writer.close()
-    summary = {"args": dataclasses.asdict(args), **about, "payoff": game.payoff.tolist(), **results[0]}
-    summary |= {"weight_1": results[-1], "seconds": round(time.time() - start_time, 1)}
+    summary = about | {"payoff": game.payoff.tolist(), **results[0], "weight_1": results[-1]}
+    summary["seconds"] = round(time.time() - start_time, 1)
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2))
-    print("\n".join(map(describe, results)))
     print(f"\nPicture: {run_dir / 'q_tot.png'}")
     return summary
 
@@ -507,14 +388,9 @@ def main() -> int:
     torch.set_num_threads(1)  # the matrices are tiny: more threads would only wait for each other
     try:
         train(args)
-    except InputError as error:
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 
