@@ -4,8 +4,8 @@
     python plot.py runs/ results/csv --out curves.png     # several folders
 
 Reads the config.json and metrics.csv that every training script leaves in its run folder. Runs are grouped by map (or
-Spread level), by algorithm (exp_name and the options that differ from the script's paper settings) and by backend: a
-simulator's curve is never averaged with StarCraft II's.
+Spread level), by algorithm (exp_name and the options in which its runs differ) and by backend: a simulator's curve is
+never averaged with StarCraft II's.
 """
 
 import csv
@@ -24,7 +24,12 @@ import matplotlib.pyplot as plt
 
 # Two-sided 95 % quantiles of Student's t for n - 1 degrees of freedom: a handful of seeds needs more than 1.96.
 T95 = [np.nan, np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
-VARIANTS = ("alpha", "mixer", "use_g", "use_f", "td_weight", "tau", "num_envs")
+# Options that do not make another experiment; runs that differ in any other are never averaged.
+NEUTRAL = {
+    "exp_name", "map", "level", "backend", "seed", "run_dir", "resume", "evaluate", "cuda", "torch_deterministic",
+    "total_timesteps", "buffer_device", "checkpoint_interval", "checkpoint_replay", "save_replay", "check_env",
+    "capture_video",
+}  # fmt: skip
 
 
 @dataclass
@@ -57,14 +62,13 @@ def read_run(folder: Path) -> Run | None:
         config = json.loads((folder / "config.json").read_text())
         rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
         columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    except (OSError, ValueError, IndexError):
+        args, backend = config["args"], config["backend"]
+        version = f" {config['simulator_version']}" if config.get("simulator_version") else ""
+        place = f"{args['map']} ({backend}{version})" if "map" in args else f"spread {args['level']} ({backend})"
+        options = [f"{name}={value}" for name, value in args.items() if name not in NEUTRAL]
+        return Run(place, " ".join([args["exp_name"], *options]), args["seed"], columns)
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
         return None
-    args, backend = config["args"], config["backend"]
-    version = f" {config['simulator_version']}" if config.get("simulator_version") else ""
-    place = f"{args['map']} ({backend}{version})" if "map" in args else f"spread {args['level']} ({backend})"
-    options = [f"{name}={args[name]:g}" if isinstance(args[name], float) else f"{name}={args[name]}"
-               for name in VARIANTS if name in args]  # fmt: skip
-    return Run(place, f"{args['exp_name']} {' '.join(options)}", args["seed"], columns)
 
 
 def shorten(labels: set[str]) -> dict[str, str]:
@@ -160,8 +164,15 @@ def main() -> int:
     groups = defaultdict(list)
     for run in runs:
         groups[run.place, short[run.label]].append(run)
+    for (place, label), same in groups.items():
+        if len({run.seed for run in same}) < len(same):
+            print(f"warning: {place}, {label}: a seed is there more than once and counts as several.", file=sys.stderr)
     print("\n".join(table(groups, args)))
-    draw(groups, args)
+    try:
+        draw(groups, args)
+    except (OSError, ValueError) as error:  # ValueError: a picture format that matplotlib does not know
+        print(f"error: {args.out} cannot be written ({error}).", file=sys.stderr)
+        return 2
     print(f"Picture: {args.out}")
     return 0
 

@@ -95,7 +95,7 @@ class Args:
     target_update_interval: int = 200
     """episodes between copies of the networks to their targets (Table 8); ignored if tau < 1"""
     tau: float = 1.0
-    """below 1: targets move by this fraction after every update instead (Algorithm 1)"""
+    """below 1: after every update, targets move this fraction of the way to the networks instead (Algorithm 1)"""
     mixer: Literal["qmix", "vdn"] = "qmix"
     """qmix: the monotonic network; vdn: the plain sum of Q_i"""
     epsilon_start: float = 1.0
@@ -108,7 +108,7 @@ class Args:
     eval_interval: int = 10_000
     """environment steps between evaluations"""
     eval_episodes: int = 32
-    """greedy battles in an evaluation"""
+    """greedy battles in an evaluation, played side by side in the largest divisor up to 64: take no prime number"""
     checkpoint_interval: int = 500_000
     """environment steps between checkpoints; there is always one at the end and on Ctrl-C"""
     checkpoint_replay: bool = True
@@ -130,6 +130,7 @@ class Args:
 
 
 FIXED = ("map", "num_envs", "seed", "mixer")  # what a resumed run cannot change
+GAME_FIXED = ("reward_scale", "enemy_wipe", "fix_enemy_wipe", "prob_obs_enemy", "action_mask")  # nor these
 GAME_OPTIONS = {"fix_enemy_wipe": False, "prob_obs_enemy": 1.0, "action_mask": True, "save_replay": False}
 
 
@@ -158,9 +159,9 @@ def check_args(args: Args) -> None:
     ):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [{low}, {high}].")
-    for name, high in (("learning_rate", math.inf), ("max_grad_norm", math.inf), ("tau", 1)):
+    for name, high in (("learning_rate", 1e6), ("max_grad_norm", math.inf), ("tau", 1)):
         if not 0 < getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in (0, {high}].")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in (0, {high:g}].")
     if not 0 <= args.td_weight < math.inf:
         raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
     if args.batch_size > args.buffer_size:
@@ -749,6 +750,9 @@ class Replay:
             rows = saved[name].split([length + (name in self.VIEW) for length in saved["lengths"]])
             for episode, value in zip(self.episodes, rows, strict=True):
                 episode[name] = value.to(self.device, copy=True)  # a copy, since a view would keep all episodes alive
+        if len(self.episodes) != self.capacity:  # the capacity is a new one: keep the newest, in order
+            self.episodes = (self.episodes[self.oldest :] + self.episodes[: self.oldest])[-self.capacity :]
+            self.oldest = 0
 
 
 class Recorder:
@@ -956,10 +960,12 @@ def save_checkpoint(run_dir: Path, step: int, training: dict, policy: dict, repl
         torch.save(policy, temporary / "policy.pt")
         if replay is not None:
             torch.save({"kind": f"{ALGORITHM} replay", **replay.state_dict()}, temporary / "replay.pt")
-        shutil.copy(temporary / "policy.pt", temporary / "newest.pt")
+        shutil.copy(temporary / "policy.pt", temporary / "newest.pt")  # copied here, where a full disk does no harm
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"Checkpoint {folder} cannot be written ({error}); the one before it is intact.") from error
+        raise OSError(
+            f"{folder} cannot be written; is the disk full? Earlier checkpoints are intact. ({error})"
+        ) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     os.replace(folder / "newest.pt", run_dir / "policy.pt")
@@ -973,7 +979,7 @@ def save_checkpoint(run_dir: Path, step: int, training: dict, policy: dict, repl
 def load_file(path: Path, kind: str) -> dict:
     """One of our files, as dictionaries of tensors and numbers; InputError if it is missing, damaged or not ours."""
     if not path.is_file():
-        raise InputError(f"There is no {path}: give a run folder, a checkpoint folder or, to evaluate, a policy.pt.")
+        raise InputError(f"There is no {path}: give a run folder with a checkpoint, or a checkpoint folder.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
@@ -998,14 +1004,15 @@ def load_checkpoint(args: Args, backend: str) -> dict:
     """The training state to go on from, with its replay if there is one; InputError if it does not fit the options."""
     folder = checkpoint_folder(args.resume)
     saved = load_file(folder / "training.pt", "checkpoint")
-    for name in FIXED:
+    for name in FIXED + GAME_FIXED:
         if saved["args"][name] != getattr(args, name):
             option, ours, theirs = name.replace("_", "-"), getattr(args, name), saved["args"][name]
             raise InputError(f"--{option} is {ours}, but {folder} was trained with {theirs}: leave the option out.")
     version = SIMULATOR_VERSION if backend == "sim" else None
     if (saved["backend"], saved["simulator_version"]) != (backend, version):
+        cure = f"take --backend {saved['backend']}" if saved["backend"] != backend else "start a new run"
         theirs = f"{saved['backend']} {saved['simulator_version'] or ''}".strip()
-        raise InputError(f"{folder} was trained on {theirs}, not on {backend} {version or ''}: start a new run.")
+        raise InputError(f"{folder} was trained on {theirs}, which this is not: {cure}.")
     has_replay = (folder / "replay.pt").exists()
     return {**saved, "replay": load_file(folder / "replay.pt", "replay") if has_replay else None}
 
@@ -1013,11 +1020,16 @@ def load_checkpoint(args: Args, backend: str) -> dict:
 def make_run_dir(args: Args, backend: str) -> Path:
     """The folder of this run: the resumed one, or a new one."""
     name = f"{args.map}__{args.exp_name}__{backend}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    resumed = checkpoint_folder(args.resume).parent.parent if args.resume else None
+    folder = checkpoint_folder(args.resume).resolve() if args.resume else Path()
+    resumed = folder.parent.parent if folder.parent.name == "checkpoints" else None
     run_dir = Path(args.run_dir) if args.run_dir else resumed or Path("runs") / name
-    if run_dir != resumed and (run_dir / "config.json").exists():
-        raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or go on with --resume {run_dir}.")
     try:
+        if run_dir.resolve() == resumed and checkpoint_folder(str(run_dir)).resolve() != folder:
+            raise InputError(
+                f"{args.resume} is not the newest checkpoint of its run: give a --run-dir for the new one."
+            )
+        if run_dir.resolve() != resumed and (run_dir / "config.json").exists():
+            raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or --resume {run_dir}.")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").touch()
     except OSError as error:
@@ -1069,7 +1081,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     OSError if a file cannot be written, FloatingPointError if a loss is not finite.
     """
     check_args(args)
-    backend = choose_backend(args)
+    args.backend = backend = choose_backend(args)  # a resumed run stays with it
     saved = load_checkpoint(args, backend) if args.resume else None
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     about = {
@@ -1103,8 +1115,11 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     if saved:
         step, episodes, updates = saved["step"], saved["episodes"], saved["updates"]
         seconds_before, metrics = saved["seconds"], saved["metrics"]
+        write_metrics(run_dir / "metrics.csv", metrics)  # without the rows of what was played and lost after it
         networks.load_state_dict(saved["networks"])
         optimizer.load_state_dict(saved["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate  # the saved state brings its own, the option may be a new one
         env.set_state(to_arrays(saved["env"]))
         recorder.arrays, view = to_arrays(saved["recorder"]), to_arrays(saved["view"])
         hidden, last_action = saved["hidden"].to(device), saved["last_action"].to(device)
@@ -1114,7 +1129,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
 
-    start_time, start_step, saved_step = time.time(), step, step
+    start_time, start_step = time.time(), step
+    saved_step = step if (run_dir / "checkpoints" / str(step)).exists() else -1
 
     def save() -> None:
         nonlocal saved_step
@@ -1168,7 +1184,11 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         recorder.observe(np.arange(args.num_envs), view)
         last_action, hidden = act(networks, to_tensors(view, device), last_action, hidden, epsilon_at(step, args))
         action = last_action.cpu().numpy()
-        obs, reward, terminated, truncated, info = env.step(action)
+        try:
+            obs, reward, terminated, truncated, info = env.step(action)
+        except ConnectionError:  # StarCraft II failed for good: a resumed run begins new battles anyway
+            save()
+            raise
         recorder.act(action, reward, terminated)
         view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}
         step += args.num_envs
@@ -1244,9 +1264,10 @@ def evaluate_policy(args: Args) -> dict:
         result = evaluate(agent, env, args.eval_episodes, evaluation_seed(args.seed, 2**20), device)
     n, rate = result["episodes"], result["win_rate"]
     low, high = wilson_interval(rate * n, n)
-    print(f"{args.map}: win rate {rate:.3f} (95 % interval {low:.3f} to {high:.3f}) in {n} battles", end="; ")
-    print(f"return {result['return_mean']:.2f}, standard deviation {result['return_std']:.2f}; trained on", end=" ")
-    print(policy["backend"], policy["simulator_version"] or "")
+    print(
+        f"{args.map}: win rate {rate:.3f} (95 % interval {low:.3f} to {high:.3f}) in {n} battles, return "
+        f"{result['return_mean']:.2f}, standard deviation {result['return_std']:.2f}; trained on {policy['backend']}"
+    )
     return result
 
 
@@ -1254,29 +1275,35 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     stop = threading.Event()
 
-    def stop_after_this_step(signum, frame):
+    def stop_soon(signum, frame):
+        print("\nStopping after this step or test; once more stops at once.", file=sys.stderr)
         stop.set()
-        signal.signal(signum, signal.default_int_handler)  # the second Ctrl-C does not wait
+        signal.signal(signum, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, stop_after_this_step)
-    signal.signal(signal.SIGTERM, stop_after_this_step)
     try:
         if args.check_env:
             check_args(args)
             check_env(args.map)
             return 0
+        if args.resume and args.evaluate:
+            raise InputError("--resume and --evaluate exclude each other: give one of them.")
         if args.resume or args.evaluate:  # what is not given on the command line is as it was in that run
             training = checkpoint_folder(args.resume or "") / "training.pt"
             file, kind = (policy_file(args.evaluate), "policy") if args.evaluate else (training, "checkpoint")
             saved = load_file(file, kind)["args"]
             options = {field.name for field in dataclasses.fields(Args)} - {"run_dir", "resume", "evaluate"}
             args = tyro.cli(Args, default=Args(**{name: saved[name] for name in options & saved.keys()}))
-        evaluate_policy(args) if args.evaluate else train(args, stop)
+        if args.evaluate:
+            evaluate_policy(args)
+        else:
+            signal.signal(signal.SIGINT, stop_soon)
+            signal.signal(signal.SIGTERM, stop_soon)
+            train(args, stop)
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
-        print(interrupt, file=sys.stderr)
+        print(str(interrupt) or "Stopped.", file=sys.stderr)
         return 130
     return 0
 

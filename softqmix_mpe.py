@@ -8,8 +8,8 @@
 QMIX learns Q_tot(s, u) = Mixer(Q_1, ..., Q_n; s), monotonic in every Q_i, so that each agent's greedy action is part of
 the greedy joint action. Soft-QMIX makes the policy stochastic without losing that property: two transformations
 generated from the global state, g_i and f_i, change the values of an agent's actions but never their order. g_i refines
-Q_i inside Q_tot; f_i re-scales it so that sum_i f_i(Q_i) fits Q_tot, which makes softmax(f_i(Q_i) / alpha) a maximum-
-entropy policy that factorises over agents. Execution needs neither: each agent takes the argmax of its own network.
+Q_i inside Q_tot; f_i re-scales it so that sum_i f_i(Q_i) fits Q_tot, which makes softmax(f_i(Q_i) / alpha) a policy of
+maximum entropy that factorises over agents. Execution needs neither: each agent takes the argmax of its own network.
 
 In Spread, three agents are to cover three landmarks without bumping into each other. Greedy test returns to expect on
 simple / medium / hard: random play -218 / -279 / -342, a scripted policy -118 / -140 / -170, the best assignment with
@@ -97,7 +97,7 @@ class Args:
     target_update_interval: int = 200
     """episodes between copies of the networks to their targets (Table 8); ignored if tau < 1"""
     tau: float = 1.0
-    """below 1: targets move by this fraction after every update instead (Algorithm 1)"""
+    """below 1: after every update, targets move this fraction of the way to the networks instead (Algorithm 1)"""
     mixer: Literal["qmix", "vdn"] = "qmix"
     """qmix: the monotonic network; vdn: the plain sum of Q_i"""
     alpha: float = 1.0
@@ -133,9 +133,9 @@ def check_args(args: Args) -> None:
     for name, low, high in (("td_lambda", 0, 1), ("gamma", 0, 1), ("seed", 0, 2**31 - 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [{low}, {high}].")
-    for name, high in (("alpha", math.inf), ("learning_rate", math.inf), ("max_grad_norm", math.inf), ("tau", 1)):
+    for name, high in (("alpha", 1e6), ("learning_rate", 1e6), ("max_grad_norm", math.inf), ("tau", 1)):
         if not 0 < getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in (0, {high}].")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in (0, {high:g}].")
     if not 0 <= args.td_weight < math.inf:
         raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
     if args.batch_size > args.buffer_size:
@@ -589,6 +589,9 @@ class Replay:
             rows = saved[name].split([length + (name in self.VIEW) for length in saved["lengths"]])
             for episode, value in zip(self.episodes, rows, strict=True):
                 episode[name] = value.to(self.device, copy=True)  # a copy, since a view would keep all episodes alive
+        if len(self.episodes) != self.capacity:  # the capacity is a new one: keep the newest, in order
+            self.episodes = (self.episodes[self.oldest :] + self.episodes[: self.oldest])[-self.capacity :]
+            self.oldest = 0
 
 
 class Recorder:
@@ -785,10 +788,12 @@ def save_checkpoint(run_dir: Path, step: int, training: dict, policy: dict, repl
         torch.save(policy, temporary / "policy.pt")
         if replay is not None:
             torch.save({"kind": f"{ALGORITHM} replay", **replay.state_dict()}, temporary / "replay.pt")
-        shutil.copy(temporary / "policy.pt", temporary / "newest.pt")
+        shutil.copy(temporary / "policy.pt", temporary / "newest.pt")  # copied here, where a full disk does no harm
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"Checkpoint {folder} cannot be written ({error}); the one before it is intact.") from error
+        raise OSError(
+            f"{folder} cannot be written; is the disk full? Earlier checkpoints are intact. ({error})"
+        ) from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     os.replace(folder / "newest.pt", run_dir / "policy.pt")
@@ -802,7 +807,7 @@ def save_checkpoint(run_dir: Path, step: int, training: dict, policy: dict, repl
 def load_file(path: Path, kind: str) -> dict:
     """One of our files, as dictionaries of tensors and numbers; InputError if it is missing, damaged or not ours."""
     if not path.is_file():
-        raise InputError(f"There is no {path}: give a run folder, a checkpoint folder or, to evaluate, a policy.pt.")
+        raise InputError(f"There is no {path}: give a run folder with a checkpoint, or a checkpoint folder.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
@@ -838,11 +843,16 @@ def load_checkpoint(args: Args) -> dict:
 def make_run_dir(args: Args) -> Path:
     """The folder of this run: the resumed one, or a new one."""
     name = f"spread_{args.level}__{args.exp_name}__{args.backend}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    resumed = checkpoint_folder(args.resume).parent.parent if args.resume else None
+    folder = checkpoint_folder(args.resume).resolve() if args.resume else Path()
+    resumed = folder.parent.parent if folder.parent.name == "checkpoints" else None
     run_dir = Path(args.run_dir) if args.run_dir else resumed or Path("runs") / name
-    if run_dir != resumed and (run_dir / "config.json").exists():
-        raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or go on with --resume {run_dir}.")
     try:
+        if run_dir.resolve() == resumed and checkpoint_folder(str(run_dir)).resolve() != folder:
+            raise InputError(
+                f"{args.resume} is not the newest checkpoint of its run: give a --run-dir for the new one."
+            )
+        if run_dir.resolve() != resumed and (run_dir / "config.json").exists():
+            raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or --resume {run_dir}.")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").touch()
     except OSError as error:
@@ -911,8 +921,11 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     if saved:
         step, episodes, updates = saved["step"], saved["episodes"], saved["updates"]
         seconds_before, metrics = saved["seconds"], saved["metrics"]
+        write_metrics(run_dir / "metrics.csv", metrics)  # without the rows of what was played and lost after it
         networks.load_state_dict(saved["networks"])
         optimizer.load_state_dict(saved["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate  # the saved state brings its own, the option may be a new one
         env.set_state(to_arrays(saved["env"]))
         recorder.arrays, view = to_arrays(saved["recorder"]), to_arrays(saved["view"])
         hidden, last_action = saved["hidden"].to(device), saved["last_action"].to(device)
@@ -922,7 +935,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
 
-    start_time, start_step, saved_step = time.time(), step, step
+    start_time, start_step = time.time(), step
+    saved_step = step if (run_dir / "checkpoints" / str(step)).exists() else -1
 
     def save() -> None:
         nonlocal saved_step
@@ -1058,25 +1072,31 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     stop = threading.Event()
 
-    def stop_after_this_step(signum, frame):
+    def stop_soon(signum, frame):
+        print("\nStopping after this step or test; once more stops at once.", file=sys.stderr)
         stop.set()
-        signal.signal(signum, signal.default_int_handler)  # the second Ctrl-C does not wait
+        signal.signal(signum, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, stop_after_this_step)
-    signal.signal(signal.SIGTERM, stop_after_this_step)
     try:
+        if args.resume and args.evaluate:
+            raise InputError("--resume and --evaluate exclude each other: give one of them.")
         if args.resume or args.evaluate:  # what is not given on the command line is as it was in that run
             training = checkpoint_folder(args.resume or "") / "training.pt"
             file, kind = (policy_file(args.evaluate), "policy") if args.evaluate else (training, "checkpoint")
             saved = load_file(file, kind)["args"]
             options = {field.name for field in dataclasses.fields(Args)} - {"run_dir", "resume", "evaluate"}
             args = tyro.cli(Args, default=Args(**{name: saved[name] for name in options & saved.keys()}))
-        evaluate_policy(args) if args.evaluate else train(args, stop)
+        if args.evaluate:
+            evaluate_policy(args)
+        else:
+            signal.signal(signal.SIGINT, stop_soon)
+            signal.signal(signal.SIGTERM, stop_soon)
+            train(args, stop)
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt as interrupt:
-        print(interrupt, file=sys.stderr)
+        print(str(interrupt) or "Stopped.", file=sys.stderr)
         return 130
     return 0
 

@@ -62,9 +62,13 @@ class Args:
     """print the commands that are left to do, and stop"""
 
 
+def folder_of(args: Args, map_name: str, algorithm: str, seed: int) -> Path:
+    return Path(args.folder) / f"{map_name}__{algorithm}__{seed}"
+
+
 def command(args: Args, map_name: str, algorithm: str, seed: int) -> list[str] | None:
     """What starts or resumes the run, None if it is finished."""
-    run_dir = Path(args.folder) / f"{map_name}__{algorithm}__{seed}"
+    run_dir = folder_of(args, map_name, algorithm, seed)
     try:
         done = json.loads((run_dir / "summary.json").read_text())["env_steps"]
     except OSError:
@@ -79,13 +83,19 @@ def command(args: Args, map_name: str, algorithm: str, seed: int) -> list[str] |
     return [sys.executable, str(ROOT / script), *start, *steps, "--backend", args.backend]
 
 
-def run(words: list[str], threads: int, log: Path) -> None:
-    if "--run-dir" in words:  # what is there was killed before its first checkpoint
-        shutil.rmtree(words[words.index("--run-dir") + 1], ignore_errors=True)
+def run(words: list[str], threads: int, run_dir: Path) -> int:
+    """Train; the exit code."""
+    if "--resume" not in words and (run_dir / "summary.json").exists():
+        print(f"{run_dir} has no checkpoint to go on from: move it away.", flush=True)
+        return 1
+    if "--resume" not in words:  # what is there was killed before its first checkpoint
+        shutil.rmtree(run_dir, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    log = run_dir.with_name(f"{run_dir.name}.log")
     with open(log, "a") as output:
         code = subprocess.run(words, env=environment, stdout=output, stderr=output, check=False).returncode
     print(f"{'finished' if code == 0 else f'exit code {code}, see {log}'}: {shlex.join(words)}", flush=True)
+    return code
 
 
 def main() -> int:
@@ -98,12 +108,18 @@ def main() -> int:
     if args.print:
         print("\n".join(shlex.join(words) for _, words in left))
         return 0
+    if args.workers < 1:
+        print(f"error: --workers is {args.workers}; it must be at least 1.", file=sys.stderr)
+        return 2
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     with ThreadPoolExecutor(args.workers) as pool:
-        for job, words in left:
-            pool.submit(run, words, threads, Path(args.folder) / f"{'__'.join(map(str, job))}.log")
-    return 0
+        futures = [pool.submit(run, words, threads, folder_of(args, *job)) for job, words in left]
+        try:
+            return int(any([future.result() for future in futures]))
+        except KeyboardInterrupt:  # the runs have got it, too, and save a checkpoint
+            pool.shutdown(wait=True, cancel_futures=True)
+            return 130
 
 
 if __name__ == "__main__":

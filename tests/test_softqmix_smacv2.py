@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,19 @@ def test_replay_returns_what_was_stored_through_wrap_around(tmp_path):
     assert numbers == sum(array.size for episode in [*stored[-4:], another] for array in episode.values())
 
 
+@pytest.mark.parametrize(("capacity", "kept"), [(3, [6, 7, 8, 9]), (5, [5, 6, 7, 8, 9]), (9, [4, 5, 6, 7, 8, 9])])
+def test_a_restored_replay_of_another_capacity_keeps_the_newest(capacity, kept):
+    """Episodes 4 to 8 are stored, 9 is added after the change."""
+    env, rng = SMACv2Sim("zerg_2_vs_2", 1), np.random.default_rng(0)
+    replay, restored = sq.Replay(5, CPU), sq.Replay(capacity, CPU)
+    for number in range(10):
+        if number == 9:
+            restored.load_state_dict(replay.state_dict())
+            replay = restored
+        replay.add(random_episode(env, 2, rng) | {"reward": np.full(2, number, np.float32)})
+    assert sorted(episode["reward"][0].item() for episode in replay.episodes) == kept[-capacity:]
+
+
 def test_recorder_cuts_episodes_where_environments_end():
     """Each environment counts its own steps; the recorder must give back exactly these counts."""
     env, rng = SMACv2Sim("zerg_2_vs_2", 3), np.random.default_rng(0)
@@ -498,6 +512,11 @@ BAD_OPTIONS = {
     "--evaluate nowhere.pt": "nowhere.pt",
     "--run-dir README.md/run": "--run-dir",
     "--num-envs many": "num-envs",
+    "--learning-rate inf": "--learning-rate",
+    "--resume a --evaluate b": "--resume and --evaluate",
+    "--prob-obs-enemy 0": "StarCraft II",
+    "--backend sim --save-replay": "StarCraft II",
+    f"--run-dir {300 * 'x'}": "--run-dir",
     "--backend starcraft2": "requirements-smacv2.txt",
 }
 
@@ -513,7 +532,7 @@ def test_bad_options_get_one_sentence_and_exit_code_2(options, monkeypatch, caps
         assert len(output.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other map", "other network"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other map", "other network", "other rules"])
 def test_checkpoints_that_do_not_fit_are_refused(damage, finished_run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "checkpoints" / "1200"
     folder.mkdir(parents=True)
@@ -521,10 +540,40 @@ def test_checkpoints_that_do_not_fit_are_refused(damage, finished_run, tmp_path,
     (folder / "training.pt").write_bytes(content[:2000] if damage == "truncated" else content)
     if damage == "foreign":
         torch.save({"weights": torch.ones(3)}, folder / "training.pt")
-    options = {"other map": ["--map", "zerg_3_vs_2"], "other network": ["--no-use-g"]}.get(damage, [])
+    options = {
+        "other map": ["--map", "zerg_3_vs_2"],
+        "other network": ["--no-use-g"],
+        "other rules": ["--enemy-wipe"],
+    }.get(damage, [])
     code, output = run_main(monkeypatch, capsys, "--resume", tmp_path, "--total-timesteps", 1600, *options)
     assert (code, len(output.strip().splitlines())) == (2, 1)
     assert str(folder) in output
+
+
+def test_a_new_learning_rate_of_a_resumed_run_takes_effect(finished_run, tmp_path):
+    sq.train(small_args(tmp_path, resume=str(finished_run[0]), learning_rate=1e-5, total_timesteps=1240))
+    groups = torch.load(tmp_path / "checkpoints" / "1240" / "training.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-5, 1e-5]
+
+
+def test_resuming_an_older_checkpoint_needs_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    sq.train(small_args(run, total_timesteps=800, checkpoint_interval=400))
+    options = ["--resume", run / "checkpoints" / "400", "--total-timesteps", 600]
+    code, output = run_main(monkeypatch, capsys, *options)
+    assert code == 2
+    assert "not the newest" in output
+    assert (run / "checkpoints" / "800" / "replay.pt").exists()
+    assert run_main(monkeypatch, capsys, *options, "--run-dir", tmp_path / "branch")[0] == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "branch")] == ["0", "400", "600"]
+
+
+def test_a_checkpoint_copied_elsewhere_starts_a_run_of_its_own(finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_run[0] / "checkpoints" / "1200", tmp_path / "best")
+    assert run_main(monkeypatch, capsys, "--resume", "best", "--total-timesteps", 1204)[0] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "runs"]
+    assert len(list((tmp_path / "runs").glob("*/checkpoints/1204/training.pt"))) == 1
 
 
 def test_a_run_is_never_overwritten(finished_run, monkeypatch, capsys):
