@@ -301,10 +301,10 @@ def report(game: Game, results: list[dict], title: str) -> Figure:
     for r in results:
         k, n, (low, high) = r["seeds"].index(r["representative"]), len(r["seeds"]), r["interval"]
         q_tot, policies = r["q_tot"][k], r["policy"][k]
-        heading = f"Q_tot of seed {r['representative']}, td-weight {r['td_weight']:g}"
+        name = f"Q_tot of seed {r['representative']}, td-weight {r['td_weight']:g}"
         rows, columns = ([f"{u} {p:.2f}" for u, p in zip(game.names[i], policies[i], strict=True)] for i in range(2))
-        panels.append((heading, q_tot, rows, columns))
-        print(f"\n--- {heading}, its policies on the margins ---\n{'':8}" + "".join(f"{label:>8}" for label in columns))
+        panels.append((name, q_tot, rows, columns))
+        print(f"\n--- {name}, its policies on the margins ---\n{'':8}" + "".join(f"{label:>8}" for label in columns))
         for label, values in zip(rows, q_tot, strict=True):
             print(f"{label:>8}" + "".join(f"{value:8.2f}" for value in values))
         greedy = ", ".join(game.names[i][u] for i, u in enumerate(r["greedy"][k]))
@@ -312,11 +312,9 @@ def report(game: Game, results: list[dict], title: str) -> Figure:
         print(f"optimal joint action in {r['successes']} of {n} seeds (95 % interval {low:.2f} to {high:.2f})")
     figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained")
     figure.suptitle(title)
-    for axes, (heading, matrix, rows, columns) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, (name, matrix, rows, columns) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.imshow(matrix, alpha=0.6, vmin=game.payoff.min().item(), vmax=game.payoff.max().item())
-        axes.set_title(heading)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_xticks(range(len(columns)), columns)
+        axes.set(title=name, xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
         for i, j in game.joint_actions.tolist():
             axes.text(j, i, f"{round(matrix[i][j], 2):g}", ha="center", va="center")
     return figure
@@ -349,7 +347,7 @@ def train(args: Args) -> dict:
     learners = Seeds(game, args, seeds * len(weights), [w for w in weights for _ in seeds])  # K rows, weight by weight
     writers = [SummaryWriter(str(run_dir / f"td_weight_{w:g}")) for w in weights]
     start_time, table = time.time(), []
-    bar = tqdm(range(0, args.total_timesteps, args.num_envs), unit="step", unit_scale=args.num_envs, dynamic_ncols=True)
+    bar = tqdm(range(0, args.total_timesteps, args.num_envs), unit="step", unit_scale=args.num_envs, mininterval=1)
     for _ in bar:
         logs, step = learners.advance(), learners.step
         if step < args.total_timesteps and (step < args.batch_size or step % args.eval_interval >= args.num_envs):
@@ -376,8 +374,8 @@ def train(args: Args) -> dict:
     writers[0].add_figure("q_tot", figure, step)
     for writer in writers:
         writer.close()
-    summary = about | {"payoff": game.payoff.tolist(), **results[0], "weight_1": results[-1]}
-    summary["seconds"] = round(time.time() - start_time, 1)
+    seconds = round(time.time() - start_time, 1)
+    summary = about | {"payoff": game.payoff.tolist(), **results[0], "weight_1": results[-1], "seconds": seconds}
     write_file(run_dir / "summary.json", json.dumps(summary, indent=2))
     print(f"\nPicture: {run_dir / 'q_tot.png'}")
     return summary
@@ -391,6 +389,8 @@ def main() -> int:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
