@@ -31,6 +31,10 @@ def test_commands_have_existing_scripts_and_options(script, options):
         tyro.cli(module.Args, args=shlex.split(options))
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 def test_files_exist():
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")):
         text = document.read_text()
