@@ -951,8 +951,8 @@ def evaluate(agent: Agent, env: "SMACv2Sim | StarCraft2", episodes: int, seed: i
         last_action = greedy_action(stage1, torch.from_numpy(info["action_mask"]).to(device))
         obs, reward, terminated, truncated, info = env.step(last_action.cpu().numpy())
         running_return += reward
-        lost = np.flatnonzero(info.get("invalid", ()))  # battles that died with their game begin again
-        running_return[lost], hidden[lost], last_action[lost] = 0, 0, -1
+        for e in np.flatnonzero(info.get("invalid", ())):  # battles that died with their game begin again
+            running_return[e], hidden[e], last_action[e] = 0, 0, -1
         for e in np.flatnonzero(terminated | truncated):
             if len(returns[e]) < quota:
                 returns[e].append(running_return[e])
@@ -1250,8 +1250,9 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         bar.update(args.num_envs)
 
         lost = np.flatnonzero(info.get("invalid", ()))
-        recorder.discard(lost)
-        hidden[lost], last_action[lost] = 0, -1
+        if len(lost):
+            recorder.discard(lost)
+            hidden[lost], last_action[lost] = 0, -1
 
         # Store finished battles, and learn
         finished = np.flatnonzero(terminated | truncated)
