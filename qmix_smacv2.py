@@ -562,28 +562,39 @@ class Agent(nn.Module):
         self.fc_out = nn.Linear(hidden_size, num_actions)
 
     def encode(self, obs: torch.Tensor, last_action: torch.Tensor) -> torch.Tensor:
-        """obs (M, N, O), last_action (M, N) with -1 for none -> input of the GRU (M, N, H)."""
+        """obs (M, N, O), last_action (M, N) with -1 for none -> input (M, N, O + A + N)."""
         last_action = F.one_hot(last_action + 1, self.num_actions + 1)[..., 1:]  # (M, N, A)
         agent_id = torch.eye(self.num_agents, device=obs.device).expand(len(obs), -1, -1)  # (M, N, N)
-        return F.relu(self.fc_in(torch.cat([obs, last_action, agent_id], dim=-1)))
+        return torch.cat([obs, last_action, agent_id], dim=-1)
 
     def step(self, obs: torch.Tensor, last_action: torch.Tensor, hidden: torch.Tensor):
         """To act: obs (E, N, O), last_action (E, N), hidden (E, N, H) -> values (E, N, A), hidden (E, N, H)."""
-        _, new_hidden = self.gru(self.encode(obs, last_action).flatten(0, 1)[None], hidden.flatten(0, 1)[None])
+        x = F.relu(self.fc_in(self.encode(obs, last_action)))
+        _, new_hidden = self.gru(x.flatten(0, 1)[None], hidden.flatten(0, 1)[None])
         hidden = new_hidden.view_as(hidden)
         return self.fc_out(hidden), hidden
 
-    def unroll(self, obs: torch.Tensor, last_action: torch.Tensor, groups: list["TimeMajor"]) -> torch.Tensor:
-        """To learn: whole episodes, each from a zero hidden state, (M, N, O), (M, N) -> values (M, N, A).
+    def unroll(self, x: torch.Tensor, num_episodes: list[int]) -> torch.Tensor:
+        """To learn: whole episodes, each from a zero hidden state, encoded (M, N, O + A + N) -> values (M, N, A).
 
-        The GRU is called once per group of episodes of similar length; only there are episodes padded.
+        First come the rows t = 0 of all episodes, the longest first, then t = 1 of the num_episodes[1] that get there.
         """
-        outputs = []
-        rows = self.encode(obs, last_action).split([len(group.slots) for group in groups])
-        for group, x in zip(groups, rows, strict=True):
-            output, _ = self.gru(group.pad(x).flatten(1, 2))  # (T, B, N, H) -> (T, B*N, H)
-            outputs.append(group.unpad(output.unflatten(1, (-1, self.num_agents))))
-        return self.fc_out(torch.cat(outputs))
+        x = F.relu(self.fc_in(x)).flatten(0, 1)  # (M*N, H)
+        sizes = [n * self.num_agents for n in num_episodes]
+        if x.is_cuda:
+            output = self.gru(nn.utils.rnn.PackedSequence(x, torch.tensor(sizes)))[0].data
+        else:  # the same by hand: on a CPU it takes half as long
+            x = F.linear(x, self.gru.weight_ih_l0, self.gru.bias_ih_l0)  # (M*N, 3H)
+            hidden, outputs = x.new_zeros(sizes[0], self.hidden_size), []
+            for x_t in x.split(sizes):
+                hidden = hidden[: len(x_t)]  # the other episodes have ended
+                gates = F.linear(hidden, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
+                (x_r, x_z, x_n), (h_r, h_z, h_n) = x_t.chunk(3, dim=1), gates.chunk(3, dim=1)
+                reset, keep = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+                hidden = (1 - keep) * torch.tanh(x_n + reset * h_n) + keep * hidden
+                outputs.append(hidden)
+            output = torch.cat(outputs)
+        return self.fc_out(output).unflatten(0, (-1, self.num_agents))
 
 
 def hypernetwork(state_size: int, output_size: int, hypernet_embed: int = 64) -> nn.Sequential:
@@ -662,27 +673,13 @@ def epsilon_greedy(stage1: torch.Tensor, mask: torch.Tensor, epsilon: float) -> 
 # --- Replay of whole episodes -----------------------------------------------------------------------------------------
 
 
-class TimeMajor:
-    """The place of episodes' rows, which stand one after the other without padding, in a padded array (T, B, ...)."""
-
-    def __init__(self, lengths: list[int], device: torch.device):
-        self.num_steps, self.num_episodes = max(lengths), len(lengths)
-        slots = np.concatenate([np.arange(n) * len(lengths) + b for b, n in enumerate(lengths)])
-        self.slots = torch.from_numpy(slots).to(device)  # row (b, t) -> t * B + b
-
-    def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """(sum of lengths, ...) -> (T, B, ...), zeros after each episode's end."""
-        padded = rows.new_zeros(self.num_steps * self.num_episodes, *rows.shape[1:])
-        return padded.index_copy(0, self.slots, rows).unflatten(0, (self.num_steps, self.num_episodes))
-
-    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
-        """(T, B, ...) -> (sum of lengths, ...)."""
-        return padded.flatten(0, 1).index_select(0, self.slots)
-
-
 @dataclass
 class Batch:
-    """B episodes, shortest first, one after the other without padding: M rows with t = 0..L, R rows with t < L."""
+    """B episodes in order of time, without padding: M rows with t = 0..L, of which R have t < L.
+
+    First the rows t = 0 of all episodes, the longest first, then the rows t = 1 of those that have one, and so on. So
+    the row that follows the i-th of the R rows is row B + i of the M rows.
+    """
 
     obs: torch.Tensor  # (M, N, O)
     state: torch.Tensor  # (M, S)
@@ -690,10 +687,8 @@ class Batch:
     action: torch.Tensor  # (R, N)
     reward: torch.Tensor  # (R,)
     terminated: torch.Tensor  # (R,) ended for good here: no bootstrap
-    now: torch.Tensor  # (R,) which of the M rows have t < L; the row after is now + 1
-    lengths: torch.Tensor  # (B,) L
-    transitions: TimeMajor  # places of the R rows
-    groups: list[TimeMajor]  # places of the M rows, by groups of episodes of similar length
+    now: torch.Tensor  # (R,) which of the M rows have t < L
+    num_episodes: list[int]  # with L >= t, for each t: B, then ever fewer
 
 
 class Replay:
@@ -722,21 +717,23 @@ class Replay:
     def sample(self, batch_size: int, device: torch.device) -> Batch:
         """Draw different episodes, all equally likely."""
         chosen = [self.episodes[i] for i in torch.randperm(len(self.episodes))[:batch_size].tolist()]
-        chosen.sort(key=lambda episode: len(episode["reward"]))
-        lengths = [len(episode["reward"]) for episode in chosen]
-        rows = {name: torch.cat([episode[name] for episode in chosen]).to(device) for name in self.FIELDS}
-        first = np.cumsum([0] + [n + 1 for n in lengths[:-1]])  # each episode's row t = 0
-        now = np.concatenate([start + np.arange(n) for start, n in zip(first, lengths, strict=True)])
-        # On a CPU padding costs time: a group's episodes differ in length by 1.3 at most. A GPU has time for padding.
-        bucket = np.floor(np.log(lengths) / np.log(1.3)) if device.type == "cpu" else np.zeros(batch_size)
-        groups = np.split(np.array(lengths), np.flatnonzero(np.diff(bucket)) + 1)
-        return Batch(
-            **rows,
-            now=torch.from_numpy(now).to(device),
-            lengths=torch.tensor(lengths, device=device),
-            transitions=TimeMajor(lengths, device),
-            groups=[TimeMajor((group + 1).tolist(), device) for group in groups],
-        )
+        chosen.sort(key=lambda episode: len(episode["reward"]), reverse=True)
+        lengths = np.array([len(episode["reward"]) for episode in chosen])
+        num_episodes = [int((lengths >= t).sum()) for t in range(lengths[0] + 1)]
+
+        def places(lengths: np.ndarray, num_episodes: list[int]) -> torch.Tensor:
+            """In order of time, where the rows are that stand episode after episode."""
+            first = np.cumsum(lengths) - lengths  # each episode's row t = 0
+            return torch.from_numpy(np.concatenate([first[:n] + t for t, n in enumerate(num_episodes)]))
+
+        views, transitions = places(lengths + 1, num_episodes), places(lengths, num_episodes[1:])
+        rows = {}
+        for name in self.FIELDS:
+            index = (views if name in self.VIEW else transitions).to(self.device)
+            rows[name] = torch.cat([episode[name] for episode in chosen])[index].to(device)
+        begin = np.cumsum([0, *num_episodes])  # the first of the M rows of each t
+        now = np.concatenate([start + np.arange(n) for start, n in zip(begin, num_episodes[1:], strict=False)])
+        return Batch(**rows, now=torch.from_numpy(now).to(device), num_episodes=num_episodes)
 
     def state_dict(self) -> dict:
         """All episodes as one tensor a field; `load_state_dict` restores them in the same order."""
@@ -796,10 +793,10 @@ class Recorder:
 
 
 def td_lambda_targets(
-    reward: torch.Tensor,  # (T, B) r_t
-    terminated: torch.Tensor,  # (T, B) the episode ended for good with step t
-    next_q: torch.Tensor,  # (T, B) Qbar_tot(s_{t+1}, u'_{t+1})
-    lengths: torch.Tensor,  # (B,) L; what stands at t >= L does not matter
+    reward: torch.Tensor,  # (R,) r_t
+    terminated: torch.Tensor,  # (R,) the episode ended for good with step t
+    next_q: torch.Tensor,  # (R,) Qbar_tot(s_{t+1}, u'_{t+1})
+    num_episodes: list[int],  # with L > t, for each t; the rows are in order of time, as in Batch
     gamma: float,
     td_lambda: float,
 ) -> torch.Tensor:
@@ -810,36 +807,35 @@ def td_lambda_targets(
 
     Nothing follows a terminated step.
     """
-    targets = torch.zeros_like(reward)
-    y = torch.zeros_like(reward[0])
-    for t in reversed(range(len(reward))):
-        y = torch.where(lengths == t + 1, next_q[t], y)  # each episode starts from its own end
-        value = (1 - td_lambda) * next_q[t] + td_lambda * y
-        y = reward[t] + gamma * value.masked_fill(terminated[t], 0)
-        targets[t] = y
-    return targets
+    columns = (column.split(num_episodes) for column in (reward, terminated, next_q))
+    y, targets = next_q[:0], []
+    for r, done, q in reversed(list(zip(*columns, strict=True))):  # from the last step to the first
+        y = torch.cat([y, q[len(y) :]])  # each episode starts from its own end
+        value = (1 - td_lambda) * q + td_lambda * y
+        y = r + gamma * value.masked_fill(done, 0)
+        targets.append(y)
+    return torch.cat(targets[::-1])
 
 
 def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """L_Q (Eq. 13), and what to log: L_Q and the mean of Q_tot."""
     critic, target = networks.critic, networks.target
-    now, after, action = batch.now, batch.now + 1, batch.action.unsqueeze(-1)  # (R,), (R,), (R, N, 1)
-    last_action = torch.full(batch.obs.shape[:2], -1, device=batch.obs.device)  # (M, N)
-    last_action[after] = batch.action
+    now, after = batch.now, slice(batch.num_episodes[0], None)  # of the M rows: those with t < L, those with t > 0
+    action = batch.action.unsqueeze(-1)  # (R, N, 1)
+    none = batch.action.new_full((batch.num_episodes[0], batch.action.shape[1]), -1)
+    inputs = critic.agent.encode(batch.obs, torch.cat([none, batch.action]))  # (M, N, O + A + N)
 
-    stage1 = critic.agent.unroll(batch.obs, last_action, batch.groups)  # (M, N, A)
+    stage1 = critic.agent.unroll(inputs, batch.num_episodes)  # (M, N, A)
     q_i = stage1[now].gather(-1, action)  # (R, N, 1), actions taken only
     q_tot = critic.mixer(q_i.squeeze(-1), batch.state[now])  # (R,)
 
     with torch.no_grad():
         # Double Q: the online network chooses u' among available actions, the target network values it.
         next_action = greedy_action(stage1[after], batch.mask[after]).unsqueeze(-1)  # (R, N, 1), u'
-        next_stage1 = target.agent.unroll(batch.obs, last_action, batch.groups)[after].gather(-1, next_action)
+        next_stage1 = target.agent.unroll(inputs, batch.num_episodes)[after].gather(-1, next_action)
         next_q = target.mixer(next_stage1.squeeze(-1), batch.state[after])  # (R,)
-        columns = (batch.reward, batch.terminated, next_q)
-        padded = [batch.transitions.pad(column) for column in columns]  # each (T, B)
-        y = td_lambda_targets(*padded, batch.lengths, args.gamma, args.td_lambda)
-        y = batch.transitions.unpad(y)  # (R,)
+        columns = (batch.reward, batch.terminated, next_q, batch.num_episodes[1:])
+        y = td_lambda_targets(*columns, args.gamma, args.td_lambda)  # (R,)
 
     td_error = q_tot - y
     weight = torch.where(td_error > 0, args.td_weight, 1.0)

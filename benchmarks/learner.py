@@ -99,12 +99,13 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, matmul_
     networks = script.Networks(env, options).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=options.learning_rate)
     batch = replay.sample(args.batch_size, device)
-    now, after = batch.now, batch.now + 1
+    now, after = batch.now, slice(args.batch_size, None)
     last_action = torch.full(batch.obs.shape[:2], -1, device=device)
     last_action[after] = batch.action
+    inputs = networks.critic.agent.encode(batch.obs, last_action)
     agent, g, mixer = networks.critic.agent, networks.critic.g, networks.critic.mixer
     with torch.no_grad():
-        stage1 = agent.unroll(batch.obs, last_action, batch.groups)
+        stage1 = agent.unroll(inputs, batch.num_episodes)
         chosen = stage1[now].gather(-1, batch.action.unsqueeze(-1))
     counter = FlopCounterMode(display=False)
     with counter:
@@ -121,8 +122,8 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, matmul_
         "update": update,
         "sample": lambda: replay.sample(args.batch_size, device),
         "losses forward": lambda: script.compute_losses(networks, batch, options),
-        "agent forward + backward": lambda: agent.unroll(batch.obs, last_action, batch.groups).sum().backward(),
-        "agent forward": lambda: without_gradient(lambda: agent.unroll(batch.obs, last_action, batch.groups)),
+        "agent forward + backward": lambda: agent.unroll(inputs, batch.num_episodes).sum().backward(),
+        "agent forward": lambda: without_gradient(lambda: agent.unroll(inputs, batch.num_episodes)),
         "policy, all actions": lambda: without_gradient(
             lambda: script.soft_log_policy(networks, stage1[after], batch.state[after], batch.mask[after], 0.03)
         ),

@@ -72,7 +72,13 @@ def make_batch(env, lengths, rng, dtype=torch.float32, cut_off=()) -> tuple[sq.B
     batch = replay.sample(len(lengths), CPU)
     for name in ("obs", "state", "reward"):
         setattr(batch, name, getattr(batch, name).to(dtype))
-    return batch, sorted(episodes, key=lambda episode: len(episode["reward"]))
+    return batch, sorted(episodes, key=lambda episode: len(episode["reward"]), reverse=True)
+
+
+def episode_by_episode(rows: torch.Tensor, num_episodes: list[int]) -> list[torch.Tensor]:
+    """Rows in order of time -> each episode's rows."""
+    times = rows.split(num_episodes)
+    return [torch.stack([time[b] for time in times if b < len(time)]) for b in range(num_episodes[0])]
 
 
 # --- Targets ---
@@ -99,26 +105,30 @@ def explicit_targets(reward, terminated, next_q, next_log_policy) -> list[float]
 @pytest.mark.parametrize("ended", [(1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 0)], ids=["terminated", "cut off", "mixed"])
 @pytest.mark.parametrize("poison", [0.0, math.nan], ids=["zeros after the end", "NaN after the end"])
 def test_targets_equal_the_explicit_sum_of_k_step_returns(ended, poison):
-    lengths = [1, 4, 9, 6]
-    inputs = torch.randn(3, max(lengths), len(lengths), dtype=torch.float64)
-    terminated = torch.zeros(inputs.shape[1:], dtype=torch.bool)
-    for b, n in enumerate(lengths):
-        inputs[:, n:, b] = poison
-        terminated[n - 1, b] = bool(ended[b])
-        inputs[1:, n - 1, b][terminated[n - 1, b]] = poison  # value and entropy of a state after the end
-    reward, next_q, next_log_policy = inputs
-    targets = sq.td_lambda_targets(
-        reward, terminated, next_q, next_log_policy, torch.tensor(lengths), GAMMA, LAMBDA, ALPHA
-    )
-    for b, n in enumerate(lengths):
-        columns = [column[:n, b].nan_to_num().tolist() for column in (reward, terminated, next_q, next_log_policy)]
-        torch.testing.assert_close(targets[:n, b].tolist(), explicit_targets(*columns), rtol=0, atol=1e-12)
+    lengths = [9, 6, 4, 1]
+    episodes = [torch.randn(3, n, dtype=torch.float64) for n in lengths]
+    terminated = [torch.arange(n) == (n - 1 if end else n) for n, end in zip(lengths, ended, strict=True)]
+    for episode, end in zip(episodes, ended, strict=True):
+        if end:
+            episode[1:, -1] = poison  # value and entropy of a state after the end
+
+    def in_order_of_time(columns):
+        return torch.stack([column[t] for t in range(9) for column in columns if t < len(column)])
+
+    reward, next_q, next_log_policy = (in_order_of_time([episode[i] for episode in episodes]) for i in range(3))
+    num_episodes = [sum(n > t for n in lengths) for t in range(9)]
+    columns = (reward, in_order_of_time(terminated), next_q, next_log_policy)
+    targets = sq.td_lambda_targets(*columns, num_episodes, GAMMA, LAMBDA, ALPHA)
+    for b, y in enumerate(episode_by_episode(targets, num_episodes)):
+        reward, next_q, next_log_policy = episodes[b].nan_to_num().tolist()
+        expected = explicit_targets(reward, terminated[b].tolist(), next_q, next_log_policy)
+        torch.testing.assert_close(y.tolist(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("flags", [{}, {"use_g": False}, {"use_g": False, "use_f": False}, {"mixer": "vdn"}], ids=str)
 @pytest.mark.parametrize("td_weight", [1.0, 0.1])
 def test_losses_equal_a_loop_over_episodes_and_steps(flags, td_weight, monkeypatch):
-    """Alignment in time, masks, gather, groups, padding, means: everything, against cell-by-cell Python."""
+    """Order of time, alignment, masks, gather, means: everything, against cell-by-cell Python."""
     args = small_args("unused", alpha=0.5, td_weight=td_weight, gamma=GAMMA, td_lambda=LAMBDA, **flags)
     networks, env = make_networks(args, torch.float64)
     critic, target, f = networks.critic, networks.target, networks.f
@@ -225,22 +235,43 @@ def test_vdn_is_the_sum():
     torch.testing.assert_close(sq.VDNMixer()(q, torch.randn(5, 2)), q[:, 0] + q[:, 1] + q[:, 2])
 
 
-def test_grouped_sequences_equal_stepping_cell_by_cell():
+def test_unrolled_episodes_equal_stepping_cell_by_cell():
     networks, env = make_networks(small_args("unused"), torch.float64)
     agent = networks.critic.agent
     lengths = [40, 1, 7, 8, 9, 23]  # all different, so that the order in the batch is known
     batch, episodes = make_batch(env, lengths, np.random.default_rng(0), torch.float64)
-    assert len(batch.groups) > 2
     last_action = torch.full(batch.obs.shape[:2], -1)
-    last_action[batch.now + 1] = batch.action
-    unrolled = agent.unroll(batch.obs, last_action, batch.groups).split([n + 1 for n in sorted(lengths)])
-    for episode, values in zip(episodes, unrolled, strict=True):
+    last_action[len(lengths) :] = batch.action
+    unrolled = agent.unroll(agent.encode(batch.obs, last_action), batch.num_episodes)
+    for episode, values in zip(episodes, episode_by_episode(unrolled, batch.num_episodes), strict=True):
         hidden = torch.zeros(1, env.num_agents, 64).double()
         last = torch.full((1, env.num_agents), -1)
+        assert len(values) == len(episode["obs"])
         for t, expected in enumerate(values):
             q, hidden = agent.step(torch.tensor(episode["obs"][t : t + 1]).double(), last, hidden)
             torch.testing.assert_close(q[0], expected, rtol=0, atol=1e-12)
             last = torch.tensor(episode["action"][t : t + 1]) if t < len(episode["action"]) else None
+
+
+def test_unrolling_by_hand_equals_the_packed_gru_of_a_gpu(monkeypatch):
+    """Values and gradients; a GPU's branch is run on the CPU, where nn.GRU takes packed sequences, too."""
+    networks, env = make_networks(small_args("unused"), torch.float64)
+    agent = networks.critic.agent
+    x = torch.randn(6 + 6 + 4 + 1, env.num_agents, agent.fc_in.in_features, dtype=torch.float64)
+    results = []
+    for is_cuda in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+        values = agent.unroll(x, [6, 6, 4, 1])
+        results.append([values, *torch.autograd.grad(values.square().sum(), list(agent.parameters()))])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+def test_pieces_without_gradient_equal_the_whole():
+    g = sq.TransformG(7, 3)
+    x, state = torch.randn(300, 3, 5), torch.randn(300, 7)
+    with torch.no_grad():
+        in_pieces = g(x, state)
+    torch.testing.assert_close(in_pieces, g(x, state).detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [10.0, 0.005, 1e-6])
@@ -288,11 +319,16 @@ def test_replay_returns_what_was_stored_through_wrap_around(tmp_path):
     for memory in (replay, restored):
         memory.add(another)
         batch = memory.sample(5, CPU)
-        expected = sorted([*stored[-4:], another], key=lambda episode: len(episode["reward"]))
-        assert batch.lengths.tolist() == [len(episode["reward"]) for episode in expected]
+        expected = sorted([*stored[-4:], another], key=lambda episode: len(episode["reward"]), reverse=True)
+        assert batch.num_episodes[0] == 5
+        columns = {
+            name: episode_by_episode(getattr(batch, name), batch.num_episodes[name not in memory.VIEW :])
+            for name in memory.FIELDS
+        }
+        now = episode_by_episode(batch.now, batch.num_episodes[1:])
+        places = episode_by_episode(torch.arange(len(batch.obs)), batch.num_episodes)
+        assert all(torch.equal(rows, place[:-1]) for rows, place in zip(now, places, strict=True))
         unsplit = {id(e): False for e in expected}
-        sizes = {name: [len(e[name]) for e in expected] for name in memory.FIELDS}
-        columns = {name: getattr(batch, name).split(sizes[name]) for name in memory.FIELDS}
         for b in range(5):  # episodes of equal length may stand in any order
             found = [e for e in expected if all(np.array_equal(columns[k][b].numpy(), e[k]) for k in memory.FIELDS)]
             assert len(found) == 1
