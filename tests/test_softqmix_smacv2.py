@@ -469,6 +469,27 @@ def test_target_networks_follow(tau):
         torch.testing.assert_close(moved, tau * online + (1 - tau) * old, rtol=0, atol=0 if tau == 1.0 else 1e-6)
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_networks_learn_the_same():
+    """20 updates, on batches of different sizes, change the parameters alike."""
+    trained = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        networks, env = make_networks(args := small_args("unused"))
+        start = copy.deepcopy(networks.state_dict())
+        if compiled:
+            sq.compile_networks(networks)
+        optimizer, rng = torch.optim.SGD(networks.parameter_groups(), lr=1e-2), np.random.default_rng(0)
+        for _ in range(20):
+            batch, _ = make_batch(env, rng.integers(1, 30, 8).tolist(), rng)
+            sq.update(networks, optimizer, batch, args)
+        trained.append(networks.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-3, atol=1e-5)
+    moved = {name: (value - start[name]).abs().max().item() for name, value in trained[0].items()}
+    assert min(moved["critic.g.w1.0.weight"], moved["critic.mixer.w1.0.weight"], moved["f.w.0.weight"]) > 2e-4, moved
+
+
 def test_gradient_norms_are_clipped_separately():
     networks, env = make_networks(args := small_args("unused", max_grad_norm=1e-3))
     before = copy.deepcopy(networks)
@@ -566,6 +587,14 @@ def test_bad_options_get_one_sentence_and_exit_code_2(options, monkeypatch, caps
     assert "Traceback" not in output
     if "--help" not in output:  # tyro's own message, for malformed numbers
         assert len(output.strip().splitlines()) == 1
+
+
+def test_compile_without_a_compiler_gets_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    code, output = run_main(monkeypatch, capsys, "--compile")
+    assert code == 2
+    assert "C++ compiler" in output
+    assert len(output.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "other map", "other network", "other rules"])

@@ -1,0 +1,157 @@
+"""End-to-end speed of the training scripts at the paper's settings, and where the time goes.
+
+    python benchmarks/training.py                                              # all four, a minute each
+    python benchmarks/training.py --scripts softqmix_smacv2 --seconds 480 --json training.json
+    python benchmarks/training.py --scripts softqmix_smacv2 --maps protoss_5_vs_5 protoss_10_vs_10 --num-envs 4 16 64
+
+Trains with the script's own train(), with a clock around its parts, between two updates: the first one after the
+warm-up, and the first one --seconds later. One update follows every 4 episodes whatever the number of environments, so
+that more of them save acting, not learning. Tests and checkpoints come at the scripts' default intervals; "the rest" is
+recording and storing episodes, and the loop itself. On a machine shared with others, processor time tells more than
+the clock. The replay is not full: with 5,000 episodes in it sampling takes as long, only memory grows.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+PARTS = ("acting", "environment", "sampling", "learning", "logging", "tests", "checkpoints")
+
+
+@dataclass
+class Args:
+    scripts: tuple[Literal["softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe"], ...] = (
+        "softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe",
+    )  # fmt: skip
+    """which scripts"""
+    maps: tuple[str, ...] = ("protoss_5_vs_5",)
+    """of the SMACv2 scripts, played on the simulator"""
+    levels: tuple[str, ...] = ("hard",)
+    """of the MPE scripts"""
+    num_envs: tuple[int, ...] = (4,)
+    """environments at a time"""
+    seconds: float = 60.0
+    """measured, after the warm-up"""
+    warm_up: float = 20.0
+    """seconds before"""
+    threads: int = 0
+    """CPU threads of PyTorch; 0: its default"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    json: str | None = None
+    """also write the figures to this file"""
+
+
+def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
+    """Train for the given time in this process, which is spoilt by it."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    script = importlib.import_module(name)
+    if "smacv2" in name:
+        environment, settings = script.SMACv2Sim, {"map": place, "backend": "sim"}
+    else:
+        environment, settings = script.Spread, {"level": place}
+    cuda = args.cuda and torch.cuda.is_available()
+    spent, busy, marks, stop = dict.fromkeys(PARTS, 0.0), threading.Lock(), [], threading.Event()
+    steps = updates = 0
+
+    def clock(part: str, function):
+        def timed(*arguments, **options):
+            if not busy.acquire(blocking=False):  # inside of another part, which is charged for it
+                return function(*arguments, **options)
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                if cuda:
+                    torch.cuda.synchronize()
+                spent[part] += time.perf_counter() - start
+                busy.release()
+
+        return timed
+
+    act, update = clock("acting", script.act), clock("learning", script.update)
+
+    def counted_act(*arguments):
+        nonlocal steps
+        steps += num_envs
+        return act(*arguments)
+
+    def counted_update(*arguments):
+        nonlocal updates
+        logs = update(*arguments)
+        updates += 1
+        now = time.perf_counter()
+        if now > (marks[0][0] + args.seconds if marks else began + args.warm_up) and not stop.is_set():
+            marks.append((now, time.process_time(), steps, updates, *spent.values()))
+            if len(marks) == 2:
+                stop.set()
+        return logs
+
+    script.act, script.update = counted_act, counted_update
+    environment.step = clock("environment", environment.step)
+    script.Replay.sample = clock("sampling", script.Replay.sample)
+    script.SummaryWriter.add_scalar = clock("logging", script.SummaryWriter.add_scalar)
+    script.evaluate = clock("tests", script.evaluate)
+    script.save_checkpoint = clock("checkpoints", script.save_checkpoint)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as messages:
+        options = script.Args(**settings, num_envs=num_envs, cuda=args.cuda, run_dir=f"{folder}/run")
+        with contextlib.redirect_stdout(messages), contextlib.suppress(KeyboardInterrupt):
+            script.train(options, stop)
+    seconds, processor, steps, updates, *times = (b - a for a, b in zip(*marks, strict=True))
+    return {
+        "script": name, "place": place, "num_envs": num_envs, "seconds": seconds, "steps": steps, "updates": updates,
+        "steps/s": steps / seconds, "steps per processor second": steps / processor,
+        "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "GPU memory, MB": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+        "ms of acting per step of all environments": 1000 * times[0] / (steps / num_envs),
+        "ms of learning per update": 1000 * (times[2] + times[3]) / updates,
+        "percent": {part: 100 * t / seconds for part, t in zip(PARTS, times, strict=True)}
+        | {"the rest": 100 * (1 - sum(times) / seconds)},
+    }  # fmt: skip
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    name = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else f"{platform.machine()} CPU"
+    print(
+        f"{name}, {os.cpu_count()} cores, {args.threads or torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    results = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for script in args.scripts:
+            for place, num_envs in product(args.maps if "smacv2" in script else args.levels, args.num_envs):
+                row = pool.submit(measure, script, place, num_envs, args).result()
+                results.append(row)
+                print(f"\n{script}, {place}, {num_envs} environments: {row['steps']} steps in {row['seconds']:.0f} s")
+                for key in list(row)[6:-1]:
+                    if row[key] is not None:
+                        print(f"  {key:44}{row[key]:9.1f}")
+                print("  percent of the time: ", ", ".join(f"{p} {share:.1f}" for p, share in row["percent"].items()))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"device": name, "args": asdict(args), "results": results}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
