@@ -1,16 +1,21 @@
 """Time of one full update (sample, forward, targets, losses, backward, clip, step), and its distance from the limit.
 
-    python benchmarks/learner.py                              # three sizes, fixed and mixed lengths
-    python benchmarks/learner.py --sizes protoss_5_vs_5 --threads 2 --json learner.json
+    python benchmarks/learner.py                              # three sizes; fixed, short and long-tailed lengths
+    python benchmarks/learner.py --sizes protoss_5_vs_5 --threads 1 --compile --json learner.json
 
 Sizes: MPE Spread (128 episodes of 25 steps), protoss 5 against 5 (60 steps), protoss 10 against 10 (100 steps). Mixed
-lengths are those of simulator battles under random play. The floor is what the arithmetic alone would take: the
-floating-point operations of all matrix products, counted by PyTorch, at the rate measured for one large product.
-Minimum of --repeats; timings are noisy on shared machines, so compare figures of one call only.
+lengths are those of simulator battles under random play; trained ones follow the replay of a run of 500,000 steps,
+where the longest of 128 battles is twice as long as the mean.
+
+Two limits stand below: the floating-point operations of all matrix products, counted by PyTorch, at the rate measured
+for one large product; and the bytes that all operations read and write, at the bandwidth measured for one large copy
+(what stays in the cache is faster than that). Minimum of --repeats, in turns; timings are noisy on shared machines, so
+compare figures of one call only.
 """
 
 import json
 import platform
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +26,9 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import softqmix_smacv2 as script
@@ -32,6 +39,10 @@ SIZES = {  # fixed length; agents, observation, state, actions
     "protoss_5_vs_5": (60, SimpleNamespace(num_agents=5, obs_size=92, state_size=130, num_actions=11)),
     "protoss_10_vs_10": (100, SimpleNamespace(num_agents=10, obs_size=182, state_size=310, num_actions=16)),
 }
+
+
+# Percentiles of the lengths of the 5,000 battles in the replay of results/smacv2_sim.md's first Soft-QMIX run.
+TRAINED = {"protoss_5_vs_5": ((0, 1, 25, 50, 75, 99, 100), (24, 32, 45, 51, 59, 91, 176))}
 
 
 @dataclass
@@ -46,6 +57,8 @@ class Args:
     """CPU threads of PyTorch; 0: its default"""
     cuda: bool = True
     """use the GPU if there is one"""
+    compile: bool = False
+    """also time the update as with the scripts' --compile"""
     json: str | None = None
     """also write the figures to this file"""
 
@@ -78,6 +91,32 @@ def random_replay(env, lengths: list[int], device: torch.device) -> script.Repla
     return replay
 
 
+class Counter(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products, and the bytes that all operations read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.operations += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        if not func.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+def machine_limits(device: torch.device) -> tuple[float, float]:
+    """GFLOP/s of a large matrix product, GB/s of a large copy."""
+    x, w = torch.randn(8192, 512, device=device), torch.randn(512, 512, device=device)
+    source, target = torch.randn(2, 2**26, device=device)  # 256 MB each
+    product, copy = measure(device, 10, lambda: x @ w), measure(device, 10, lambda: target.copy_(source))
+    return 2 * 8192 * 512 * 512 / 1e6 / product, 2 * 2**28 / 1e6 / copy
+
+
 def measure(device: torch.device, repeats: int, function) -> float:
     """Milliseconds, the minimum of `repeats` after two calls to warm up."""
     times = []
@@ -92,8 +131,8 @@ def measure(device: torch.device, repeats: int, function) -> float:
     return min(times[2:])
 
 
-def benchmark(env, lengths: list[int], args: Args, device: torch.device, matmul_rate: float) -> dict[str, float]:
-    """Milliseconds of an update and of its parts, and its floor."""
+def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: float, bandwidth: float) -> dict:
+    """Milliseconds of an update and of its parts, and its limits."""
     options = script.Args(batch_size=args.batch_size, alpha=0.03)
     replay = random_replay(env, lengths, device)
     networks = script.Networks(env, options).to(device)
@@ -102,42 +141,40 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, matmul_
     now, after = batch.now, slice(args.batch_size, None)
     last_action = torch.full(batch.obs.shape[:2], -1, device=device)
     last_action[after] = batch.action
-    inputs = networks.critic.agent.encode(batch.obs, last_action)
     agent, g, mixer = networks.critic.agent, networks.critic.g, networks.critic.mixer
+    inputs = agent.encode(batch.obs, last_action)
     with torch.no_grad():
         stage1 = agent.unroll(inputs, batch.num_episodes)
         chosen = stage1[now].gather(-1, batch.action.unsqueeze(-1))
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with Counter() as counter:
         script.update(networks, optimizer, batch, options)
 
     def update():
         script.update(networks, optimizer, replay.sample(args.batch_size, device), options)
 
     @torch.no_grad()
-    def without_gradient(function):
-        function()
+    def policy():
+        script.soft_log_policy(networks, stage1[after], batch.state[after], batch.mask[after], options.alpha)
 
     parts = {
         "update": update,
-        "sample": lambda: replay.sample(args.batch_size, device),
-        "losses forward": lambda: script.compute_losses(networks, batch, options),
-        "agent forward + backward": lambda: agent.unroll(inputs, batch.num_episodes).sum().backward(),
-        "agent forward": lambda: without_gradient(lambda: agent.unroll(inputs, batch.num_episodes)),
-        "policy, all actions": lambda: without_gradient(
-            lambda: script.soft_log_policy(networks, stage1[after], batch.state[after], batch.mask[after], 0.03)
-        ),
-        "g, chosen, forward + backward": lambda: g(chosen, batch.state[now]).sum().backward(),
-        "mixer forward + backward": lambda: mixer(chosen.squeeze(-1), batch.state[now]).sum().backward(),
+        "  sample": lambda: replay.sample(args.batch_size, device),
+        "  agent, forward and backward": lambda: agent.unroll(inputs, batch.num_episodes).sum().backward(),
+        "  target agent, forward": torch.no_grad()(lambda: agent.unroll(inputs, batch.num_episodes)),
+        "  policy, all actions, forward": policy,
+        "  g, chosen, forward and backward": lambda: g(chosen, batch.state[now]).sum().backward(),
+        "  mixer, forward and backward": lambda: mixer(chosen.squeeze(-1), batch.state[now]).sum().backward(),
     }
     row = {name: measure(device, args.repeats, part) for name, part in parts.items()}
+    if args.compile:
+        script.compile_networks(networks)
+        row["update, compiled"] = measure(device, args.repeats, update)
     # PyTorch does not count cuDNN's GRU: two products with 3 H x H weights per cell; forward twice (online, target),
     # and backward at twice the cost of one forward.
     cells, hidden = len(batch.obs) * env.num_agents, agent.hidden_size
     recurrent = 4 * cells * 2 * (2 * 3 * hidden * hidden) if device.type == "cuda" else 0
-    row["steps"] = len(batch.reward)
-    row["GFLOP"] = (counter.get_total_flops() + recurrent) / 1e9
-    row["floor"] = 1000 * row["GFLOP"] / matmul_rate
+    row["limit by arithmetic"] = 1000 * (counter.operations + recurrent) / 1e9 / rate
+    row["limit by memory, nothing cached"] = 1000 * counter.bytes / 1e9 / bandwidth
     return row
 
 
@@ -146,32 +183,28 @@ def main() -> int:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    x, w = torch.randn(8192, 512, device=device), torch.randn(512, 512, device=device)
-    rate = 2 * 8192 * 512 * 512 / 1e9 / (measure(device, 10, lambda: x @ w) / 1000)  # GFLOP/s
+    rate, bandwidth = machine_limits(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    about = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "matmul GFLOP/s": rate,
-    }
-    print(
-        ", ".join(
-            f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in about.items()
-        )
-    )
+    about = {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    about |= {"GFLOP/s": round(rate), "GB/s": round(bandwidth)}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     results = []
     for size in args.sizes:
         length, env = SIZES[size]
         cases = {"fixed": [length] * args.batch_size}
         if size != "mpe":
             cases["mixed"] = battle_lengths(size, args.batch_size)
+        if size in TRAINED:
+            cases["trained"] = np.interp(np.linspace(0, 100, args.batch_size), *TRAINED[size]).astype(int).tolist()
         for kind, lengths in cases.items():
-            row = benchmark(env, lengths, args, device, rate)
-            results.append({"size": size, "lengths": kind, **row})
-            print(f"\n{size}, {kind} lengths: {row['steps']} steps, {row['GFLOP']:.1f} GFLOP")
-            for part in [*list(row)[:-3], "floor"]:
-                print(f"  {part:32}{row[part]:9.1f} ms")
+            row = benchmark(env, lengths, args, device, rate, bandwidth)
+            results.append({"size": size, "lengths": kind, "steps": sum(lengths), "longest": max(lengths), **row})
+            print(f"\n{size}, {kind} lengths: {sum(lengths)} steps, the longest battle {max(lengths)}")
+            for part, milliseconds in row.items():
+                print(f"  {part:36}{milliseconds:9.1f} ms")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    about["peak memory, MB"] = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak
+    print(f"\npeak memory {about['peak memory, MB']:.0f} MB")
     if args.json:
         Path(args.json).write_text(json.dumps({**about, "results": results}, indent=2))
     return 0

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -62,25 +63,31 @@ class Args:
     """print the commands that are left to do, and stop"""
 
 
-def folder_of(args: Args, map_name: str, algorithm: str, seed: int) -> Path:
-    return Path(args.folder) / f"{map_name}__{algorithm}__{seed}"
+def jobs(args: Args) -> dict[Path, list[str]]:
+    """Each run's folder, and the words that start it; seed by seed."""
+    maps, algorithms, seeds = EXPERIMENTS[args.experiment]
+    wanted = product(args.seeds or range(1, seeds + 1), args.maps or maps, args.algorithms or algorithms)
+    return {
+        Path(args.folder) / f"{map_name}__{algorithm}__{seed}": [
+            *ALGORITHMS[algorithm], "--map", map_name, "--backend", args.backend, "--seed", str(seed)
+        ]
+        for seed, map_name, algorithm in wanted
+    }  # fmt: skip
 
 
-def command(args: Args, map_name: str, algorithm: str, seed: int) -> list[str] | None:
+def command(args, run_dir: Path, start: list[str]) -> list[str] | None:
     """What starts or resumes the run, None if it is finished."""
-    run_dir = folder_of(args, map_name, algorithm, seed)
     try:
         done = json.loads((run_dir / "summary.json").read_text())["env_steps"]
     except OSError:
         done = 0
     if done >= args.total_timesteps:
         return None
-    script, *options = ALGORITHMS[algorithm]
-    start = ["--map", map_name, "--seed", str(seed), "--run-dir", str(run_dir), *options]
+    options = [*start[1:], "--run-dir", str(run_dir)]
     if any((run_dir / "checkpoints").glob("[0-9]*/training.pt")):
-        start = ["--resume", str(run_dir)]
+        options = ["--resume", str(run_dir)]
     steps = ["--total-timesteps", str(args.total_timesteps), "--checkpoint-interval", str(args.checkpoint_interval)]
-    return [sys.executable, str(ROOT / script), *start, *steps, "--backend", args.backend]
+    return [sys.executable, str(ROOT / start[0]), *options, *steps]
 
 
 def run(words: list[str], threads: int, run_dir: Path) -> int:
@@ -98,15 +105,12 @@ def run(words: list[str], threads: int, run_dir: Path) -> int:
     return code
 
 
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
-    maps, algorithms, seeds = EXPERIMENTS[args.experiment]
-    maps, algorithms = args.maps or maps, args.algorithms or algorithms
-    wanted = [(m, a, s) for s in args.seeds or range(1, seeds + 1) for m in maps for a in algorithms]  # seed by seed
-    left = [(job, words) for job in wanted if (words := command(args, *job))]
-    print(f"{len(wanted) - len(left)} of {len(wanted)} runs are finished.", flush=True)
+def run_all(args, jobs: dict[Path, list[str]]) -> int:
+    """Do what is left of the jobs, or print it; the exit code."""
+    left = {run_dir: words for run_dir, start in jobs.items() if (words := command(args, run_dir, start))}
+    print(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished.", flush=True)
     if args.print:
-        print("\n".join(shlex.join(words) for _, words in left))
+        print("\n".join(map(shlex.join, left.values())))
         return 0
     if args.workers < 1:
         print(f"error: --workers is {args.workers}; it must be at least 1.", file=sys.stderr)
@@ -114,12 +118,17 @@ def main() -> int:
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     with ThreadPoolExecutor(args.workers) as pool:
-        futures = [pool.submit(run, words, threads, folder_of(args, *job)) for job, words in left]
+        futures = [pool.submit(run, words, threads, run_dir) for run_dir, words in left.items()]
         try:
             return int(any([future.result() for future in futures]))
         except KeyboardInterrupt:  # the runs have got it, too, and save a checkpoint
             pool.shutdown(wait=True, cancel_futures=True)
             return 130
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    return run_all(args, jobs(args))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """plot.py and the experiment runner: grouping, averages, picture; which runs are left to do."""
 
+import importlib
 import json
 import sys
 
 import pytest
+import tyro
 from PIL import Image
 
 import plot
-from benchmarks import smacv2
+from benchmarks import mpe, smacv2
 
 
 def write_run(folder, name, seed, win_rates, backend="sim", **options):
@@ -51,15 +53,25 @@ def test_nothing_to_plot_is_said_in_one_sentence(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("steps", "checkpoint", "expected"), [(0, False, "--run-dir"), (500, True, "--resume")])
 def test_runner_starts_resumes_and_skips(tmp_path, steps, checkpoint, expected):
-    args = smacv2.Args(total_timesteps=1000, folder=str(tmp_path))
+    args = smacv2.Args(experiment="table4", total_timesteps=1000, folder=str(tmp_path))
     folder = tmp_path / "zerg_5_vs_5__entropy__3"
     if checkpoint:
         (folder / "checkpoints" / "500").mkdir(parents=True)
         (folder / "checkpoints" / "500" / "training.pt").touch()
         (folder / "summary.json").write_text(json.dumps({"env_steps": steps}))
-    words = smacv2.command(args, "zerg_5_vs_5", "entropy", 3)
+    start = smacv2.jobs(args)[folder]
+    words = smacv2.command(args, folder, start)
     assert words[words.index(expected) + 1] == str(folder)
     assert ("--no-use-g" in words) == (not checkpoint)  # a resumed run knows its options
     folder.mkdir(exist_ok=True)
     (folder / "summary.json").write_text(json.dumps({"env_steps": 1000}))
-    assert smacv2.command(args, "zerg_5_vs_5", "entropy", 3) is None
+    assert smacv2.command(args, folder, start) is None
+
+
+@pytest.mark.parametrize(("runner", "runs"), [(smacv2, 6 * 2 * 5), (mpe, 3 * 2 * 5)], ids=["smacv2", "mpe"])
+def test_runners_know_the_papers_experiments(runner, runs):
+    jobs = runner.jobs(runner.Args())
+    assert len(jobs) == runs
+    for words in jobs.values():
+        script = importlib.import_module(words[0].removesuffix(".py"))
+        assert tyro.cli(script.Args, args=words[1:]).seed in range(1, 6)
