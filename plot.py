@@ -28,7 +28,7 @@ T95 = [np.nan, np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 NEUTRAL = {
     "exp_name", "map", "level", "backend", "seed", "run_dir", "resume", "evaluate", "cuda", "torch_deterministic",
     "total_timesteps", "buffer_device", "checkpoint_interval", "checkpoint_replay", "save_replay", "check_env",
-    "capture_video",
+    "capture_video", "compile",
 }  # fmt: skip
 
 
@@ -51,7 +51,8 @@ class Run:
     """One seed's curve: each column of metrics.csv as an array."""
 
     place: str
-    label: str
+    name: str
+    options: dict[str, str]
     seed: int
     columns: dict[str, np.ndarray]
 
@@ -65,20 +66,17 @@ def read_run(folder: Path) -> Run | None:
         args, backend = config["args"], config["backend"]
         version = f" {config['simulator_version']}" if config.get("simulator_version") else ""
         place = f"{args['map']} ({backend}{version})" if "map" in args else f"spread {args['level']} ({backend})"
-        options = [f"{name}={value}" for name, value in args.items() if name not in NEUTRAL]
-        return Run(place, " ".join([args["exp_name"], *options]), args["seed"], columns)
+        options = {name: str(value) for name, value in args.items() if name not in NEUTRAL}
+        return Run(place, args["exp_name"], options, args["seed"], columns)
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return None
 
 
-def shorten(labels: set[str]) -> dict[str, str]:
-    """Leave out the options that all labels with the same experiment name share."""
-    short = {}
-    for label in labels:
-        name, *options = label.split(" ")
-        others = [set(other.split(" ")[1:]) for other in labels if other.split(" ")[0] == name]
-        short[label] = " ".join([name, *(o for o in options if not all(o in other for other in others))])
-    return short
+def label_of(run: Run, runs: list[Run]) -> str:
+    """exp_name and the options in which runs of that name differ; older runs may lack an option: it does not count."""
+    same = [other.options for other in runs if other.name == run.name]
+    names = [n for n in run.options if all(n in other for other in same) and len({other[n] for other in same}) > 1]
+    return " ".join([run.name, *(f"{name}={run.options[name]}" for name in names)])
 
 
 def average(values: np.ndarray, window: int) -> np.ndarray:
@@ -160,10 +158,9 @@ def main() -> int:
     if not runs:
         print(f"error: no config.json with metrics.csv below {', '.join(args.folders)}: train first.", file=sys.stderr)
         return 2
-    short = shorten({run.label for run in runs})
     groups = defaultdict(list)
     for run in runs:
-        groups[run.place, short[run.label]].append(run)
+        groups[run.place, label_of(run, runs)].append(run)
     for (place, label), same in groups.items():
         if len({run.seed for run in same}) < len(same):
             print(f"warning: {place}, {label}: a seed is there more than once and counts as several.", file=sys.stderr)

@@ -28,7 +28,7 @@ def run_plot(monkeypatch, capsys, *options):
 
 def test_table_and_picture(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", "soft", 1, [0.0, 0.2, 0.4], alpha=0.03)
-    write_run(tmp_path / "b", "soft", 2, [0.0, 0.4, 0.8], alpha=0.03)
+    write_run(tmp_path / "b", "soft", 2, [0.0, 0.4, 0.8], alpha=0.03, younger_option=True)
     write_run(tmp_path / "c", "soft", 1, [0.0, 0.0, 0.0], alpha=0.5)
     write_run(tmp_path / "d", "soft", 1, [1.0, 1.0, 1.0], backend="starcraft2", alpha=0.03)
     (tmp_path / "e").mkdir()
