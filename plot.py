@@ -73,9 +73,9 @@ def read_run(folder: Path) -> Run | None:
 
 
 def label_of(run: Run, runs: list[Run]) -> str:
-    """exp_name and the options in which runs of that name differ; older runs may lack an option: it does not count."""
-    same = [other.options for other in runs if other.name == run.name]
-    names = [n for n in run.options if all(n in other for other in same) and len({other[n] for other in same}) > 1]
+    """exp_name and the options in which runs of that name and place differ, among those that know them."""
+    same = [other.options for other in runs if (other.place, other.name) == (run.place, run.name)]
+    names = [n for n in run.options if len({other[n] for other in same if n in other}) > 1]
     return " ".join([run.name, *(f"{name}={run.options[name]}" for name in names)])
 
 

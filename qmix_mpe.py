@@ -14,8 +14,9 @@ In Spread, three agents are to cover three landmarks without bumping into each o
 simple / medium / hard: random play -218 / -279 / -342, a scripted policy -118 / -140 / -170, the best assignment with
 hindsight -105 / -126 / -156; Table 3 of the paper: QMIX -112 / -138 / -172, Soft-QMIX -111 / -135 / -169.
 
-Equation, table and appendix numbers are those of the Soft-QMIX paper. In shape comments: B episodes of a batch, T time,
-N agents, A actions, E environments, S state, O observation; M rows (b, t) of a batch with t = 0..L, R with t < L.
+Equation, table and appendix numbers are those of the Soft-QMIX paper. In shape comments: B episodes of a batch,
+N agents, A actions, E environments, S state, O observation, H hidden state; M rows of a batch with t = 0..L, R of them
+with t < L.
 """
 
 import copy
@@ -27,6 +28,7 @@ import platform
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from dataclasses import dataclass
@@ -148,12 +150,13 @@ def check_args(args: Args) -> None:
         raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
     if args.batch_size > args.buffer_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
+    if args.evaluate:  # what follows is about training
+        return
     if args.buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()):
         raise InputError("--buffer-device cuda needs a GPU that PyTorch can use, and --cuda: take auto or cpu.")
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise InputError(
-            "--compile needs a C++ compiler, and there is no g++ or clang++: install one, or leave it out."
-        )
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not (shutil.which(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()):
+        raise InputError(f"--compile needs {compiler} and Python.h (python3-dev): install both, or take --no-compile.")
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -496,7 +499,7 @@ class Batch:
     reward: torch.Tensor  # (R,)
     terminated: torch.Tensor  # (R,) ended for good here: no bootstrap
     now: torch.Tensor  # (R,) which of the M rows have t < L
-    num_episodes: list[int]  # with L >= t, for each t: B, then ever fewer
+    num_episodes: list[int]  # with L >= t, for each t: B, B, then fewer and fewer
 
 
 class Replay:
@@ -528,19 +531,19 @@ class Replay:
         chosen.sort(key=lambda episode: len(episode["reward"]), reverse=True)
         lengths = np.array([len(episode["reward"]) for episode in chosen])
         num_episodes = [int((lengths >= t).sum()) for t in range(lengths[0] + 1)]
+        num_running = num_episodes[1:]  # with L > t
 
-        def places(lengths: np.ndarray, num_episodes: list[int]) -> torch.Tensor:
-            """In order of time, where the rows are that stand episode after episode."""
-            first = np.cumsum(lengths) - lengths  # each episode's row t = 0
-            return torch.from_numpy(np.concatenate([first[:n] + t for t, n in enumerate(num_episodes)]))
+        def order_of_time(num_rows: np.ndarray, num_episodes: list[int]) -> torch.Tensor:
+            """Where, in episodes standing one after the other, the rows t = 0 of all are, then the rows t = 1, ..."""
+            first = np.cumsum(num_rows) - num_rows  # each episode's row t = 0
+            rows = np.concatenate([first[:n] + t for t, n in enumerate(num_episodes)])
+            return torch.from_numpy(rows).to(self.device)
 
-        views, transitions = places(lengths + 1, num_episodes), places(lengths, num_episodes[1:])
-        rows = {}
-        for name in self.FIELDS:
-            index = (views if name in self.VIEW else transitions).to(self.device)
-            rows[name] = torch.cat([episode[name] for episode in chosen])[index].to(device)
+        order = dict.fromkeys(self.FIELDS, order_of_time(lengths, num_running))
+        order |= dict.fromkeys(self.VIEW, order_of_time(lengths + 1, num_episodes))
+        rows = {name: torch.cat([episode[name] for episode in chosen])[order[name]].to(device) for name in self.FIELDS}
         begin = np.cumsum([0, *num_episodes])  # the first of the M rows of each t
-        now = np.concatenate([start + np.arange(n) for start, n in zip(begin, num_episodes[1:], strict=False)])
+        now = np.concatenate([start + np.arange(n) for start, n in zip(begin, num_running, strict=False)])
         return Batch(**rows, now=torch.from_numpy(now).to(device), num_episodes=num_episodes)
 
     def state_dict(self) -> dict:
@@ -600,18 +603,18 @@ def td_lambda_targets(
     reward: torch.Tensor,  # (R,) r_t
     terminated: torch.Tensor,  # (R,) the episode ended for good with step t
     next_q: torch.Tensor,  # (R,) Qbar_tot(s_{t+1}, u'_{t+1})
-    num_episodes: list[int],  # with L > t, for each t; the rows are in order of time, as in Batch
+    num_running: list[int],  # episodes with L > t, for each t; rows are in order of time, as in Batch
     gamma: float,
     td_lambda: float,
 ) -> torch.Tensor:
-    """TD(lambda) targets y_t (T, B) with the greedy u' in place of the action taken (Peng's Q(lambda)):
+    """TD(lambda) targets y_t (R,) with the greedy u' in place of the action taken (Peng's Q(lambda)):
 
     y_t = r_t + gamma [(1 - lambda) Qbar_tot(s_{t+1}, u') + lambda y_{t+1}]
     y_L = Qbar_tot(s_L, u')
 
     Nothing follows a terminated step.
     """
-    columns = (column.split(num_episodes) for column in (reward, terminated, next_q))
+    columns = (column.split(num_running) for column in (reward, terminated, next_q))
     y, targets = next_q[:0], []
     for r, done, q in reversed(list(zip(*columns, strict=True))):  # from the last step to the first
         y = torch.cat([y, q[len(y) :]])  # each episode starts from its own end
@@ -627,7 +630,7 @@ def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.
     now, after = batch.now, slice(batch.num_episodes[0], None)  # of the M rows: those with t < L, those with t > 0
     action = batch.action.unsqueeze(-1)  # (R, N, 1)
     none = batch.action.new_full((batch.num_episodes[0], batch.action.shape[1]), -1)
-    inputs = critic.agent.encode(batch.obs, torch.cat([none, batch.action]))  # (M, N, O + A + N)
+    inputs = critic.agent.encode(batch.obs, torch.cat([none, batch.action]))  # (M, N, O + A + N), for any agent
 
     stage1 = critic.agent.unroll(inputs, batch.num_episodes)  # (M, N, A)
     q_i = stage1[now].gather(-1, action)  # (R, N, 1), actions taken only
@@ -638,8 +641,9 @@ def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.
         next_action = greedy_action(stage1[after], batch.mask[after]).unsqueeze(-1)  # (R, N, 1), u'
         next_stage1 = target.agent.unroll(inputs, batch.num_episodes)[after].gather(-1, next_action)
         next_q = target.mixer(next_stage1.squeeze(-1), batch.state[after])  # (R,)
-        columns = (batch.reward, batch.terminated, next_q, batch.num_episodes[1:])
-        y = td_lambda_targets(*columns, args.gamma, args.td_lambda)  # (R,)
+        columns = (batch.reward, batch.terminated, next_q)
+        num_running = batch.num_episodes[1:]
+        y = td_lambda_targets(*columns, num_running, args.gamma, args.td_lambda)  # (R,)
 
     td_error = q_tot - y
     weight = torch.where(td_error > 0, args.td_weight, 1.0)
@@ -788,8 +792,9 @@ def load_checkpoint(args: Args) -> dict:
     folder = checkpoint_folder(args.resume)
     saved = load_file(folder / "training.pt", "checkpoint")
     for name in FIXED:
-        if saved["args"][name] != getattr(args, name):
-            option, ours, theirs = name.replace("_", "-"), getattr(args, name), saved["args"][name]
+        ours, theirs = getattr(args, name), saved["args"].get(name, getattr(Args, name))  # older than the option
+        if ours != theirs:
+            option = name.replace("_", "-")
             raise InputError(f"--{option} is {ours}, but {folder} was trained with {theirs}: leave the option out.")
     has_replay = (folder / "replay.pt").exists()
     return {**saved, "replay": load_file(folder / "replay.pt", "replay") if has_replay else None}

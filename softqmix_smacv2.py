@@ -11,8 +11,8 @@ generated from the global state, g_i and f_i, change the values of an agent's ac
 Q_i inside Q_tot; f_i re-scales it so that sum_i f_i(Q_i) fits Q_tot, which makes softmax(f_i(Q_i) / alpha) a policy of
 maximum entropy that factorises over agents. Execution needs neither: each agent takes the argmax of its own network.
 
-Equation, table and appendix numbers are the paper's. In shape comments: B episodes of a batch, T time, N agents,
-A actions, E environments, S state, O observation; M rows (b, t) of a batch with t = 0..L, R of them with t < L.
+Equation, table and appendix numbers are the paper's. In shape comments: B episodes of a batch, N agents, A actions,
+E environments, S state, O observation, H hidden state; M rows of a batch with t = 0..L, R of them with t < L.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -163,12 +164,13 @@ def check_args(args: Args) -> None:
         raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
     if args.batch_size > args.buffer_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
+    if args.evaluate:  # what follows is about training
+        return
     if args.buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()):
         raise InputError("--buffer-device cuda needs a GPU that PyTorch can use, and --cuda: take auto or cpu.")
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise InputError(
-            "--compile needs a C++ compiler, and there is no g++ or clang++: install one, or leave it out."
-        )
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not (shutil.which(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()):
+        raise InputError(f"--compile needs {compiler} and Python.h (python3-dev): install both, or take --no-compile.")
 
 
 # --- StarCraft II, through the smacv2 package: docs/starcraft2.md -----------------------------------------------------
@@ -754,7 +756,7 @@ class Batch:
     reward: torch.Tensor  # (R,)
     terminated: torch.Tensor  # (R,) ended for good here: no bootstrap
     now: torch.Tensor  # (R,) which of the M rows have t < L
-    num_episodes: list[int]  # with L >= t, for each t: B, then ever fewer
+    num_episodes: list[int]  # with L >= t, for each t: B, B, then fewer and fewer
 
 
 class Replay:
@@ -786,19 +788,19 @@ class Replay:
         chosen.sort(key=lambda episode: len(episode["reward"]), reverse=True)
         lengths = np.array([len(episode["reward"]) for episode in chosen])
         num_episodes = [int((lengths >= t).sum()) for t in range(lengths[0] + 1)]
+        num_running = num_episodes[1:]  # with L > t
 
-        def places(lengths: np.ndarray, num_episodes: list[int]) -> torch.Tensor:
-            """In order of time, where the rows are that stand episode after episode."""
-            first = np.cumsum(lengths) - lengths  # each episode's row t = 0
-            return torch.from_numpy(np.concatenate([first[:n] + t for t, n in enumerate(num_episodes)]))
+        def order_of_time(num_rows: np.ndarray, num_episodes: list[int]) -> torch.Tensor:
+            """Where, in episodes standing one after the other, the rows t = 0 of all are, then the rows t = 1, ..."""
+            first = np.cumsum(num_rows) - num_rows  # each episode's row t = 0
+            rows = np.concatenate([first[:n] + t for t, n in enumerate(num_episodes)])
+            return torch.from_numpy(rows).to(self.device)
 
-        views, transitions = places(lengths + 1, num_episodes), places(lengths, num_episodes[1:])
-        rows = {}
-        for name in self.FIELDS:
-            index = (views if name in self.VIEW else transitions).to(self.device)
-            rows[name] = torch.cat([episode[name] for episode in chosen])[index].to(device)
+        order = dict.fromkeys(self.FIELDS, order_of_time(lengths, num_running))
+        order |= dict.fromkeys(self.VIEW, order_of_time(lengths + 1, num_episodes))
+        rows = {name: torch.cat([episode[name] for episode in chosen])[order[name]].to(device) for name in self.FIELDS}
         begin = np.cumsum([0, *num_episodes])  # the first of the M rows of each t
-        now = np.concatenate([start + np.arange(n) for start, n in zip(begin, num_episodes[1:], strict=False)])
+        now = np.concatenate([start + np.arange(n) for start, n in zip(begin, num_running, strict=False)])
         return Batch(**rows, now=torch.from_numpy(now).to(device), num_episodes=num_episodes)
 
     def state_dict(self) -> dict:
@@ -863,7 +865,7 @@ def td_lambda_targets(
     terminated: torch.Tensor,  # (R,) the episode ended for good with step t
     next_q: torch.Tensor,  # (R,) Qbar_tot(s_{t+1}, u'_{t+1})
     next_log_policy: torch.Tensor,  # (R,) log pi(u'_{t+1} | s_{t+1}), summed over agents
-    num_episodes: list[int],  # with L > t, for each t; the rows are in order of time, as in Batch
+    num_running: list[int],  # episodes with L > t, for each t; rows are in order of time, as in Batch
     gamma: float,
     td_lambda: float,
     alpha: float,
@@ -875,7 +877,7 @@ def td_lambda_targets(
 
     The entropy of s_{t+1} enters once, beside both terms. Nothing follows a terminated step.
     """
-    columns = (column.split(num_episodes) for column in (reward, terminated, next_q, next_log_policy))
+    columns = (column.split(num_running) for column in (reward, terminated, next_q, next_log_policy))
     y, targets = next_q[:0], []
     for r, done, q, log_policy in reversed(list(zip(*columns, strict=True))):  # from the last step to the first
         y = torch.cat([y, q[len(y) :]])  # each episode starts from its own end
@@ -891,7 +893,7 @@ def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.
     now, after = batch.now, slice(batch.num_episodes[0], None)  # of the M rows: those with t < L, those with t > 0
     action = batch.action.unsqueeze(-1)  # (R, N, 1)
     none = batch.action.new_full((batch.num_episodes[0], batch.action.shape[1]), -1)
-    inputs = critic.agent.encode(batch.obs, torch.cat([none, batch.action]))  # (M, N, O + A + N)
+    inputs = critic.agent.encode(batch.obs, torch.cat([none, batch.action]))  # (M, N, O + A + N), for any agent
 
     stage1 = critic.agent.unroll(inputs, batch.num_episodes)  # (M, N, A)
     state = batch.state[now]  # (R, S)
@@ -905,8 +907,9 @@ def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.
         next_log_policy = log_policy.gather(-1, next_action).sum((1, 2))  # (R,)
         next_stage1 = target.agent.unroll(inputs, batch.num_episodes)[after].gather(-1, next_action)
         next_q = target.mixer(target.local_q(next_stage1, next_state).squeeze(-1), next_state)  # (R,)
-        columns = (batch.reward, batch.terminated, next_q, next_log_policy, batch.num_episodes[1:])
-        y = td_lambda_targets(*columns, args.gamma, args.td_lambda, args.alpha)  # (R,)
+        columns = (batch.reward, batch.terminated, next_q, next_log_policy)
+        num_running = batch.num_episodes[1:]
+        y = td_lambda_targets(*columns, num_running, args.gamma, args.td_lambda, args.alpha)  # (R,)
         entropy = -(log_policy.exp() * log_policy.masked_fill(~next_mask, 0)).sum((1, 2)).mean()
 
     td_error = q_tot - y
@@ -1078,8 +1081,9 @@ def load_checkpoint(args: Args, backend: str) -> dict:
     folder = checkpoint_folder(args.resume)
     saved = load_file(folder / "training.pt", "checkpoint")
     for name in FIXED + GAME_FIXED:
-        if saved["args"][name] != getattr(args, name):
-            option, ours, theirs = name.replace("_", "-"), getattr(args, name), saved["args"][name]
+        ours, theirs = getattr(args, name), saved["args"].get(name, getattr(Args, name))  # older than the option
+        if ours != theirs:
+            option = name.replace("_", "-")
             raise InputError(f"--{option} is {ours}, but {folder} was trained with {theirs}: leave the option out.")
     version = SIMULATOR_VERSION if backend == "sim" else None
     if (saved["backend"], saved["simulator_version"]) != (backend, version):

@@ -5,15 +5,17 @@
 
 Sizes: MPE Spread (128 episodes of 25 steps), protoss 5 against 5 (60 steps), protoss 10 against 10 (100 steps). Mixed
 lengths are those of simulator battles under random play; trained ones follow the replay of a run of 500,000 steps,
-where the longest of 128 battles is twice as long as the mean.
+whose few long battles make the longest of a batch twice as long as the mean.
 
-Two limits stand below: the floating-point operations of all matrix products, counted by PyTorch, at the rate measured
-for one large product; and the bytes that all operations read and write, at the bandwidth measured for one large copy
-(what stays in the cache is faster than that). Minimum of --repeats, in turns; timings are noisy on shared machines, so
-compare figures of one call only.
+Two figures tell how much could be gained: the floating-point operations of all matrix products, counted by PyTorch, at
+the rate measured for one large product; and the bytes that all operations read and write, at the bandwidth measured
+for one large copy (the cache is faster). Each case runs in a process of its own, its parts in turns; the minimum of
+--repeats counts. Timings are noisy on shared machines: compare figures of one call only.
 """
 
+import copy
 import json
+import multiprocessing
 import platform
 import resource
 import sys
@@ -42,7 +44,9 @@ SIZES = {  # fixed length; agents, observation, state, actions
 
 
 # Percentiles of the lengths of the 5,000 battles in the replay of results/smacv2_sim.md's first Soft-QMIX run.
-TRAINED = {"protoss_5_vs_5": ((0, 1, 25, 50, 75, 99, 100), (24, 32, 45, 51, 59, 91, 176))}
+TRAINED = {
+    "protoss_5_vs_5": ((0, 1, 5, 25, 50, 75, 95, 99, 99.5, 99.9, 100), (20, 32, 38, 45, 51, 59, 75, 91, 100, 128, 176))
+}
 
 
 @dataclass
@@ -109,30 +113,34 @@ class Counter(TorchDispatchMode):
         return result
 
 
-def machine_limits(device: torch.device) -> tuple[float, float]:
+def measure(device: torch.device, repeats: int, functions: dict) -> dict[str, float]:
+    """Milliseconds of each, the minimum of `repeats` rounds after two to warm up."""
+    best = dict.fromkeys(functions, float("inf"))
+    for i in range(repeats + 2):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i >= 2:
+                best[name] = min(best[name], 1000 * (time.perf_counter() - start))
+    return best
+
+
+def machine_limits(device: torch.device, threads: int) -> tuple[float, float]:
     """GFLOP/s of a large matrix product, GB/s of a large copy."""
+    torch.set_num_threads(threads)
     x, w = torch.randn(8192, 512, device=device), torch.randn(512, 512, device=device)
     source, target = torch.randn(2, 2**26, device=device)  # 256 MB each
-    product, copy = measure(device, 10, lambda: x @ w), measure(device, 10, lambda: target.copy_(source))
-    return 2 * 8192 * 512 * 512 / 1e6 / product, 2 * 2**28 / 1e6 / copy
-
-
-def measure(device: torch.device, repeats: int, function) -> float:
-    """Milliseconds, the minimum of `repeats` after two calls to warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return min(times[2:])
+    best = measure(device, 10, {"product": lambda: x @ w, "copy": lambda: target.copy_(source)})
+    return 2 * 8192 * 512 * 512 / 1e6 / best["product"], 2 * 2**28 / 1e6 / best["copy"]
 
 
 def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: float, bandwidth: float) -> dict:
-    """Milliseconds of an update and of its parts, and its limits."""
+    """Milliseconds of an update and of its parts, what they could be, and the memory they take."""
+    torch.set_num_threads(args.threads)
     options = script.Args(batch_size=args.batch_size, alpha=0.03)
     replay = random_replay(env, lengths, device)
     networks = script.Networks(env, options).to(device)
@@ -165,27 +173,33 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: f
         "  g, chosen, forward and backward": lambda: g(chosen, batch.state[now]).sum().backward(),
         "  mixer, forward and backward": lambda: mixer(chosen.squeeze(-1), batch.state[now]).sum().backward(),
     }
-    row = {name: measure(device, args.repeats, part) for name, part in parts.items()}
     if args.compile:
-        script.compile_networks(networks)
-        row["update, compiled"] = measure(device, args.repeats, update)
+        compiled = copy.deepcopy(networks)
+        script.compile_networks(compiled)
+        adam = torch.optim.Adam(compiled.parameter_groups(), lr=options.learning_rate)
+        parts["update, compiled"] = lambda: script.update(
+            compiled, adam, replay.sample(args.batch_size, device), options
+        )
+    row = measure(device, args.repeats, parts)
     # PyTorch does not count cuDNN's GRU: two products with 3 H x H weights per cell; forward twice (online, target),
     # and backward at twice the cost of one forward.
     cells, hidden = len(batch.obs) * env.num_agents, agent.hidden_size
     recurrent = 4 * cells * 2 * (2 * 3 * hidden * hidden) if device.type == "cuda" else 0
-    row["limit by arithmetic"] = 1000 * (counter.operations + recurrent) / 1e9 / rate
-    row["limit by memory, nothing cached"] = 1000 * counter.bytes / 1e9 / bandwidth
+    row["matrix products at full speed"] = 1000 * (counter.operations + recurrent) / 1e9 / rate
+    row["memory traffic, nothing cached"] = 1000 * counter.bytes / 1e9 / bandwidth
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    row["peak memory, MB"] = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak
     return row
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rate, bandwidth = machine_limits(device)
+    args.threads = args.threads or torch.get_num_threads()
+    pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+    rate, bandwidth = pool.apply(machine_limits, (device, args.threads))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    about = {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    about = {"device": name, "threads": args.threads, "torch": str(torch.__version__)}
     about |= {"GFLOP/s": round(rate), "GB/s": round(bandwidth)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     results = []
@@ -195,16 +209,17 @@ def main() -> int:
         if size != "mpe":
             cases["mixed"] = battle_lengths(size, args.batch_size)
         if size in TRAINED:
-            cases["trained"] = np.interp(np.linspace(0, 100, args.batch_size), *TRAINED[size]).astype(int).tolist()
+            cases["trained"] = (
+                np.interp((np.arange(args.batch_size) + 0.5) / args.batch_size * 100, *TRAINED[size])
+                .astype(int)
+                .tolist()
+            )
         for kind, lengths in cases.items():
-            row = benchmark(env, lengths, args, device, rate, bandwidth)
+            row = pool.apply(benchmark, (env, lengths, args, device, rate, bandwidth))
             results.append({"size": size, "lengths": kind, "steps": sum(lengths), "longest": max(lengths), **row})
             print(f"\n{size}, {kind} lengths: {sum(lengths)} steps, the longest battle {max(lengths)}")
-            for part, milliseconds in row.items():
-                print(f"  {part:36}{milliseconds:9.1f} ms")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    about["peak memory, MB"] = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak
-    print(f"\npeak memory {about['peak memory, MB']:.0f} MB")
+            for part, value in row.items():
+                print(f"  {part:36}{value:9.1f}{'' if 'MB' in part else ' ms'}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({**about, "results": results}, indent=2))
     return 0

@@ -1,8 +1,8 @@
 """The runs of the paper's Table 3, MPE Spread at three levels, one process each.
 
-    python benchmarks/mpe.py --print                                      # only show the commands
-    python benchmarks/mpe.py --workers 2                                  # QMIX and Soft-QMIX, 3 levels, 5 seeds
-    python benchmarks/mpe.py --levels hard --seeds 1 2 3 --total-timesteps 1000000 --workers 2
+    python benchmarks/mpe.py --print                      # only show the commands
+    python benchmarks/mpe.py --workers 2                  # 3 levels, 5 seeds, QMIX and Soft-QMIX at 3 alphas
+    python benchmarks/mpe.py --levels hard --algorithms qmix softqmix_1.0 --total-timesteps 1000000 --workers 2
 
 Call it again after an interruption, or with more steps or seeds: finished runs are skipped, unfinished ones resumed.
 Then: python plot.py FOLDER. Each run leaves its messages in FOLDER/{name}.log.
@@ -19,15 +19,18 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.smacv2 import run_all
 
-ALGORITHMS = {"qmix": ["qmix_mpe.py"], "softqmix": ["softqmix_mpe.py", "--alpha", "1.0"]}
+ALGORITHMS = {
+    "qmix": ["qmix_mpe.py"],
+    **{f"softqmix_{alpha}": ["softqmix_mpe.py", "--alpha", alpha] for alpha in ("1.0", "0.3", "0.1")},
+}
 
 
 @dataclass
 class Args:
     levels: tuple[Literal["simple", "medium", "hard"], ...] = ("hard", "medium", "simple")
     """which levels"""
-    algorithms: tuple[Literal["qmix", "softqmix"], ...] = ("qmix", "softqmix")
-    """which algorithms"""
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    """qmix, softqmix_1.0, softqmix_0.3, softqmix_0.1 (the number is alpha)"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """which seeds"""
     total_timesteps: int = 10_000_000

@@ -84,7 +84,7 @@ def command(args, run_dir: Path, start: list[str]) -> list[str] | None:
     if done >= args.total_timesteps:
         return None
     options = [*start[1:], "--run-dir", str(run_dir)]
-    if any((run_dir / "checkpoints").glob("[0-9]*/training.pt")):
+    if any(file.parent.name.isdigit() for file in run_dir.glob("checkpoints/*/training.pt")):
         options = ["--resume", str(run_dir)]
     steps = ["--total-timesteps", str(args.total_timesteps), "--checkpoint-interval", str(args.checkpoint_interval)]
     return [sys.executable, str(ROOT / start[0]), *options, *steps]

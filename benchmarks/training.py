@@ -6,9 +6,10 @@
 
 Trains with the script's own train(), with a clock around its parts, between two updates: the first one after the
 warm-up, and the first one --seconds later. One update follows every 4 episodes whatever the number of environments, so
-that more of them save acting, not learning. Tests and checkpoints come at the scripts' default intervals; "the rest" is
-recording and storing episodes, and the loop itself. On a machine shared with others, processor time tells more than
-the clock. The replay is not full: with 5,000 episodes in it sampling takes as long, only memory grows.
+that more of them save acting, not learning. Tests and checkpoints come at the scripts' default intervals: a short
+measurement sees no checkpoint. "the rest" is recording and storing episodes, and the loop itself. On a machine shared
+with others, processor time tells more than the clock. The replay is not full: with 5,000 episodes in it sampling takes
+as long, only memory grows.
 """
 
 import contextlib
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -53,7 +53,7 @@ class Args:
     warm_up: float = 20.0
     """seconds before"""
     threads: int = 0
-    """CPU threads of PyTorch; 0: its default"""
+    """CPU threads of PyTorch and of the simulator; 0: their defaults"""
     cuda: bool = True
     """use the GPU if there is one"""
     json: str | None = None
@@ -64,6 +64,7 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
     """Train for the given time in this process, which is spoilt by it."""
     if args.threads:
         torch.set_num_threads(args.threads)
+        os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # before numba is imported
     script = importlib.import_module(name)
     if "smacv2" in name:
         environment, settings = script.SMACv2Sim, {"map": place, "backend": "sim"}
@@ -124,7 +125,7 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
         "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "GPU memory, MB": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
         "ms of acting per step of all environments": 1000 * times[0] / (steps / num_envs),
-        "ms of learning per update": 1000 * (times[2] + times[3]) / updates,
+        "ms of sampling and learning per update": 1000 * (times[2] + times[3]) / updates,
         "percent": {part: 100 * t / seconds for part, t in zip(PARTS, times, strict=True)}
         | {"the rest": 100 * (1 - sum(times) / seconds)},
     }  # fmt: skip
@@ -137,11 +138,10 @@ def main() -> int:
         f"{name}, {os.cpu_count()} cores, {args.threads or torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     results = []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for script in args.scripts:
             for place, num_envs in product(args.maps if "smacv2" in script else args.levels, args.num_envs):
-                row = pool.submit(measure, script, place, num_envs, args).result()
+                row = pool.apply(measure, (script, place, num_envs, args))
                 results.append(row)
                 print(f"\n{script}, {place}, {num_envs} environments: {row['steps']} steps in {row['seconds']:.0f} s")
                 for key in list(row)[6:-1]:

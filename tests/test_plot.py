@@ -31,17 +31,23 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "b", "soft", 2, [0.0, 0.4, 0.8], alpha=0.03, younger_option=True)
     write_run(tmp_path / "c", "soft", 1, [0.0, 0.0, 0.0], alpha=0.5)
     write_run(tmp_path / "d", "soft", 1, [1.0, 1.0, 1.0], backend="starcraft2", alpha=0.03)
+    write_run(tmp_path / "f", "qmix", 1, [0.0, 0.0, 0.0])
+    write_run(tmp_path / "g", "qmix", 2, [0.0, 0.0, 0.0], td_weight=1)
+    write_run(tmp_path / "h", "qmix", 3, [0.0, 0.0, 0.0], td_weight=0.1)
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "metrics.csv").write_text("")  # a run that has just begun
     code, printed = run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png", "--final", 2, "--at", 20_000)
     assert code == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.out.splitlines() if "zerg" in line]
     assert [row[:4] for row in rows] == [
+        ["zerg_5_vs_5 (sim 1)", "qmix", "win_rate", "1"],  # older than the option in which the others differ
+        ["zerg_5_vs_5 (sim 1)", "qmix td_weight=0.1", "win_rate", "1"],
+        ["zerg_5_vs_5 (sim 1)", "qmix td_weight=1", "win_rate", "1"],
         ["zerg_5_vs_5 (sim 1)", "soft alpha=0.03", "win_rate", "2"],
         ["zerg_5_vs_5 (sim 1)", "soft alpha=0.5", "win_rate", "1"],
-        ["zerg_5_vs_5 (starcraft2 1)", "soft alpha=0.03", "win_rate", "1"],  # never averaged with the simulator's
+        ["zerg_5_vs_5 (starcraft2 1)", "soft", "win_rate", "1"],  # never averaged with the simulator's
     ]
-    assert rows[0][5:] == ["0.3 +- 0.14", "0.45 +- 0.21", "0.3 +- 0.14"]  # at, final, area
+    assert rows[3][5:] == ["0.3 +- 0.14", "0.45 +- 0.21", "0.3 +- 0.14"]  # at, final, area
     assert Image.open(tmp_path / "x.png").width > 800
 
 
@@ -68,7 +74,7 @@ def test_runner_starts_resumes_and_skips(tmp_path, steps, checkpoint, expected):
     assert smacv2.command(args, folder, start) is None
 
 
-@pytest.mark.parametrize(("runner", "runs"), [(smacv2, 6 * 2 * 5), (mpe, 3 * 2 * 5)], ids=["smacv2", "mpe"])
+@pytest.mark.parametrize(("runner", "runs"), [(smacv2, 6 * 2 * 5), (mpe, 3 * 4 * 5)], ids=["smacv2", "mpe"])
 def test_runners_know_the_papers_experiments(runner, runs):
     jobs = runner.jobs(runner.Args())
     assert len(jobs) == runs
