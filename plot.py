@@ -87,7 +87,8 @@ def average(values: np.ndarray, window: int) -> np.ndarray:
 def band(runs: list[Run], x: str, y: str, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Points, mean and half-width of the 95 % interval over seeds, as far as the shortest run goes."""
     end = min(run.columns[x][-1] for run in runs)
-    points = runs[0].columns[x][runs[0].columns[x] <= end]
+    points = np.unique(np.concatenate([run.columns[x] for run in runs]))
+    points = points[points <= end]
     curves = np.array([np.interp(points, run.columns[x], average(run.columns[y], window)) for run in runs])
     n = len(runs)
     half = T95[min(n, 10)] * curves.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(len(points))
