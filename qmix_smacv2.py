@@ -842,14 +842,16 @@ def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.
     inputs = critic.agent.encode(batch.obs, torch.cat([none, batch.action]))  # (M, N, O + A + N), for any agent
 
     stage1 = critic.agent.unroll(inputs, batch.num_episodes)  # (M, N, A)
+    state = batch.state[now]  # (R, S)
     q_i = stage1[now].gather(-1, action)  # (R, N, 1), actions taken only
-    q_tot = critic.mixer(q_i.squeeze(-1), batch.state[now])  # (R,)
+    q_tot = critic.mixer(q_i.squeeze(-1), state)  # (R,)
 
     with torch.no_grad():
+        next_state, next_mask = batch.state[after], batch.mask[after]
         # Double Q: the online network chooses u' among available actions, the target network values it.
-        next_action = greedy_action(stage1[after], batch.mask[after]).unsqueeze(-1)  # (R, N, 1), u'
+        next_action = greedy_action(stage1[after], next_mask).unsqueeze(-1)  # (R, N, 1), u'
         next_stage1 = target.agent.unroll(inputs, batch.num_episodes)[after].gather(-1, next_action)
-        next_q = target.mixer(next_stage1.squeeze(-1), batch.state[after])  # (R,)
+        next_q = target.mixer(next_stage1.squeeze(-1), next_state)  # (R,)
         columns = (batch.reward, batch.terminated, next_q)
         num_running = batch.num_episodes[1:]
         y = td_lambda_targets(*columns, num_running, args.gamma, args.td_lambda)  # (R,)
