@@ -252,7 +252,7 @@ def test_unrolled_episodes_equal_stepping_cell_by_cell():
             last = torch.tensor(episode["action"][t : t + 1]) if t < len(episode["action"]) else None
 
 
-def test_unrolling_by_hand_equals_the_packed_gru_of_a_gpu(monkeypatch):
+def test_unrolling_step_by_step_equals_the_packed_gru_of_a_gpu(monkeypatch):
     """Values and gradients; a GPU's branch is run on the CPU, where nn.GRU takes packed sequences, too."""
     networks, env = make_networks(small_args("unused"), torch.float64)
     agent = networks.critic.agent
