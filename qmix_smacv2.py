@@ -62,11 +62,11 @@ class Args:
     seed: int = 1
     """fixes networks, battles, exploration and replay"""
     torch_deterministic: bool = True
-    """choose deterministic cuDNN kernels"""
+    """choose deterministic cuDNN kernels, where there are any"""
     cuda: bool = True
     """use the GPU if there is one"""
     compile: bool = False
-    """compile the mixer with torch.compile: a minute at the start, a little faster from then on"""
+    """compile the mixer with torch.compile: half a minute at the start, a little faster from then on"""
     run_dir: str | None = None
     """folder of this run; default runs/{map}__{exp_name}__{backend}__{seed}__{time}"""
     resume: str | None = None
@@ -167,7 +167,7 @@ def check_args(args: Args) -> None:
         if not 0 < getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in (0, {high:g}].")
     if not 0 <= args.td_weight < math.inf:
-        raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
+        raise InputError(f"--td-weight is {args.td_weight}; it must be finite and at least 0 (1 is the paper's loss).")
     if args.batch_size > args.buffer_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
     if args.evaluate:  # what follows is about training
@@ -203,7 +203,12 @@ def check_starcraft2(map_name: str) -> dict[str, str]:
     ):
         if wrong:
             raise InputError(f"{sentence}, see docs/starcraft2.md.")
-    return {"game": str(games[-1])} | {name: importlib.metadata.version(name) for name in (*packages, "protobuf")}
+    found = {"game": str(games[-1])}
+    for name in (*packages, "protobuf"):
+        found[name] = "not installed by pip"  # such as a source folder on PYTHONPATH
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def sc2_config(map_name: str, **options) -> dict:
@@ -289,6 +294,7 @@ def sc2_worker(pipe, config: dict, seed: list[int], max_reward: float | None, fi
             obs, _ = env.reset(teams_and_positions)  # wrapper.reset() would return None where units do not spawn
             if any(unit.health <= 0 for unit in env.agents.values()):
                 raise RuntimeError("a battle began with dead agents")
+            env._episode_count = max(1, env._episode_count)  # at 0 another reset would launch another game
             if max_reward is not None:
                 env.max_reward = max_reward  # or else the enemies of this process's first battle have set it
             return look(obs)
@@ -747,7 +753,7 @@ class Replay:
 
     def state_dict(self) -> dict:
         """All episodes as one tensor a field; `load_state_dict` restores them in the same order."""
-        fields = {name: torch.cat([episode[name] for episode in self.episodes]).cpu() for name in self.FIELDS}
+        fields = {name: torch.cat([episode[name].cpu() for episode in self.episodes]) for name in self.FIELDS}
         lengths = [len(episode["reward"]) for episode in self.episodes]
         return {"lengths": lengths, "oldest": self.oldest, **fields}
 
@@ -927,16 +933,16 @@ def make_eval_env(args: Args, backend: str = "sim") -> "SMACv2Sim | StarCraft2":
     return make_env(args, max(n for n in range(1, most + 1) if args.eval_episodes % n == 0), args.seed, backend)
 
 
-def evaluation_seed(seed: int, index: int) -> int:
+def evaluation_seed(seed: int, step: int) -> int:
     """A seed of its own for each evaluation of each run."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def wilson_interval(wins: float, n: int) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson 1927)."""
     z, p = 1.959964, wins / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 # --- Files: written under a temporary name and renamed, so that none is ever left half written ------------------------
@@ -988,13 +994,14 @@ def save_checkpoint(run_dir: Path, step: int, training: dict, policy: dict, repl
 def load_file(path: Path, kind: str) -> dict:
     """One of our files, as dictionaries of tensors and numbers; InputError if it is missing, damaged or not ours."""
     if not path.is_file():
-        raise InputError(f"There is no {path}: give a run folder with a checkpoint, or a checkpoint folder.")
+        raise InputError(f"There is no {path}: give a run folder with a checkpoint in it, or a checkpoint folder.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
         saved = None
-    if not isinstance(saved, dict) or saved.get("kind") != f"{ALGORITHM} {kind}":
-        raise InputError(f"{path} is not a complete {kind} of {ALGORITHM}: it is damaged, or something else.")
+    found = saved.get("kind", "something else") if isinstance(saved, dict) else "damaged, or something else"
+    if found != f"{ALGORITHM} {kind}":
+        raise InputError(f"{path} is not a complete {kind} of {ALGORITHM}: it is {found}.")
     return saved
 
 
@@ -1013,6 +1020,8 @@ def load_checkpoint(args: Args, backend: str) -> dict:
     """The training state to go on from, with its replay if there is one; InputError if it does not fit the options."""
     folder = checkpoint_folder(args.resume)
     saved = load_file(folder / "training.pt", "checkpoint")
+    if saved["step"] >= args.total_timesteps and (folder.parent.parent / "summary.json").exists():
+        raise InputError(f"{args.resume} has made all its {saved['step']} steps: give a larger --total-timesteps.")
     for name in FIXED + GAME_FIXED:
         ours, theirs = getattr(args, name), saved["args"].get(name, getattr(Args, name))  # older than the option
         if ours != theirs:
@@ -1039,7 +1048,9 @@ def make_run_dir(args: Args, backend: str) -> Path:
                 f"{args.resume} is not the newest checkpoint of its run: give a --run-dir for the new one."
             )
         if run_dir.resolve() != resumed and (run_dir / "config.json").exists():
-            raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or --resume {run_dir}.")
+            begun = (checkpoint_folder(str(run_dir)) / "training.pt").exists()
+            cure = f"--resume {run_dir}" if begun else "delete it, since it ended before its first checkpoint"
+            raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or {cure}.")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").touch()
     except OSError as error:
@@ -1117,8 +1128,6 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
     replay = Replay(args.buffer_size, choose_buffer_device(args, env, device))
     recorder = Recorder(env)
-    obs, info = env.reset()
-    view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}  # (E, N, O), (E, S), (E, N, A)
     hidden = torch.zeros(args.num_envs, env.num_agents, networks.critic.agent.hidden_size, device=device)
     last_action = torch.full((args.num_envs, env.num_agents), -1, device=device)
     step = episodes = updates = 0
@@ -1136,16 +1145,21 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         recorder.arrays, view = to_arrays(saved["recorder"]), to_arrays(saved["view"])
         hidden, last_action = saved["hidden"].to(device), saved["last_action"].to(device)
         if saved["replay"] is not None:
-            replay.load_state_dict(saved["replay"])
+            replay.load_state_dict(saved.pop("replay"))  # pop: it is large, and would stay as long as this function
         torch.set_rng_state(saved["torch_rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
+    else:
+        obs, info = env.reset()
+        view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}  # (E, N, O), (E, S), (E, N, A)
 
     start_time, start_step = time.time(), step
     saved_step = step if (run_dir / "checkpoints" / str(step)).exists() else -1
 
     def save() -> None:
         nonlocal saved_step
+        if saved_step == step:
+            return
         saved_step = step
         training = {
             "kind": f"{ALGORITHM} checkpoint", "args": dataclasses.asdict(args), **about, "metrics": metrics,
@@ -1159,15 +1173,20 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         policy = {
             "kind": f"{ALGORITHM} policy", "args": dataclasses.asdict(args), **about, "map": args.map,
             "obs_size": env.obs_size, "num_agents": env.num_agents, "num_actions": env.num_actions,
-            "agent": networks.critic.agent.state_dict(),
+            "agent": {name: value.cpu() for name, value in networks.critic.agent.state_dict().items()},
         }  # fmt: skip
         save_checkpoint(run_dir, step, training, policy, replay if args.checkpoint_replay and len(replay) else None)
 
     def test() -> None:
         nonlocal eval_env
         eval_env = eval_env or make_eval_env(args, backend)  # games of its own start when they are needed
-        battles = evaluation_seed(args.seed, step // args.eval_interval)  # the same in a resumed run
-        result = evaluate(networks.critic.agent, eval_env, args.eval_episodes, battles, device)
+        battles = evaluation_seed(args.seed, step)  # the same in a resumed run
+        try:
+            result = evaluate(networks.critic.agent, eval_env, args.eval_episodes, battles, device)
+        except ConnectionError:
+            if metrics:
+                save()
+            raise
         seconds = time.time() - start_time
         metrics.append({
             "step": step, "episodes": episodes, "updates": updates,
@@ -1227,7 +1246,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 logs = update(networks, optimizer, replay.sample(args.batch_size, device), args)
                 updates += 1
                 if not math.isfinite(sum(logs.values())):
-                    raise FloatingPointError(f"A loss is not finite at step {step} (update {updates}).")
+                    bar.close()
+                    raise FloatingPointError(f"A loss is not finite at step {step}: try a lower --learning-rate.")
                 if updates % 25 == 0:
                     for name, value in logs.items():
                         writer.add_scalar(f"losses/{name}", value, step)
@@ -1243,8 +1263,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     completed = step >= args.total_timesteps
     if completed and metrics[-1]["step"] < step:
         test()
-    if saved_step < step:
-        save()
+    save()
     bar.close()
     writer.close()
     for games in (env, eval_env):
@@ -1274,7 +1293,7 @@ def evaluate_policy(args: Args) -> dict:
     agent.load_state_dict(policy["agent"])
     print(banner(backend), flush=True)
     with contextlib.closing(make_eval_env(args, backend)) as env:
-        result = evaluate(agent, env, args.eval_episodes, evaluation_seed(args.seed, 2**20), device)
+        result = evaluate(agent, env, args.eval_episodes, evaluation_seed(args.seed, 2**40), device)
     n, rate = result["episodes"], result["win_rate"]
     low, high = wilson_interval(rate * n, n)
     print(
@@ -1298,6 +1317,8 @@ def main() -> int:
             check_args(args)
             check_env(args.map)
             return 0
+        if "" in (args.run_dir, args.resume, args.evaluate):
+            raise InputError("--run-dir, --resume and --evaluate need a path, not an empty word: leave them out.")
         if args.resume and args.evaluate:
             raise InputError("--resume and --evaluate exclude each other: give one of them.")
         if args.resume or args.evaluate:  # what is not given on the command line is as it was in that run
@@ -1315,6 +1336,9 @@ def main() -> int:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: out of memory; lower --num-envs, --batch-size or --buffer-size. ({error})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "Stopped.", file=sys.stderr)
         return 130

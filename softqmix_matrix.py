@@ -158,7 +158,7 @@ class VDNMixer(nn.Module):
 class TransformG(nn.Module):
     """g_i(x, s) = x + |W2_i(s)| elu(|W1_i(s)| x + b1_i(s)) + b2_i(s) (Eq. 8), for each action's value x by itself.
 
-    One set of generated weights per agent. The residual has slope 1, so the order of actions is kept strictly.
+    One set of generated weights per agent. The residual x (appendix G) has slope 1, so the order is kept strictly.
     """
 
     def __init__(self, state_size: int, num_agents: int, embed: int = 32):
@@ -240,7 +240,7 @@ def act(values: Values, game: Game, args: Args, generators: list[torch.Generator
     log_policy = masked_log_policy(values.logits / args.alpha, game.mask).unsqueeze(1)  # (K, 1, N, A)
     shape = (args.num_envs, *game.mask.shape)  # (E, N, A)
     exponential = torch.stack([torch.empty(shape).exponential_(generator=generator) for generator in generators])
-    return (log_policy - exponential.log()).argmax(-1)
+    return (log_policy - exponential.log()).masked_fill(~game.mask, -torch.inf).argmax(-1)
 
 
 def compute_losses(values: Values, joint: torch.Tensor, reward: torch.Tensor, td_weight: torch.Tensor):

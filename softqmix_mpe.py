@@ -61,11 +61,11 @@ class Args:
     seed: int = 1
     """fixes networks, start states, exploration and replay"""
     torch_deterministic: bool = True
-    """choose deterministic cuDNN kernels"""
+    """choose deterministic cuDNN kernels, where there are any"""
     cuda: bool = True
     """use the GPU if there is one"""
     compile: bool = False
-    """compile mixer and transformations with torch.compile: a minute at the start, a little faster from then on"""
+    """compile mixer and transformations with torch.compile: half a minute at the start, a little faster from then on"""
     run_dir: str | None = None
     """folder of this run; default runs/spread_{level}__{exp_name}__{backend}__{seed}__{time}"""
     resume: str | None = None
@@ -140,7 +140,7 @@ def check_args(args: Args) -> None:
         if not 0 < getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in (0, {high:g}].")
     if not 0 <= args.td_weight < math.inf:
-        raise InputError(f"--td-weight is {args.td_weight}; it must be at least 0 (1 is the paper's loss).")
+        raise InputError(f"--td-weight is {args.td_weight}; it must be finite and at least 0 (1 is the paper's loss).")
     if args.batch_size > args.buffer_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
     if args.evaluate:  # what follows is about training
@@ -421,7 +421,7 @@ class VDNMixer(nn.Module):
 class TransformG(nn.Module):
     """g_i(x, s) = x + |W2_i(s)| elu(|W1_i(s)| x + b1_i(s)) + b2_i(s) (Eq. 8), for each action's value x by itself.
 
-    One set of generated weights per agent. The residual has slope 1, so the order of actions is kept strictly.
+    One set of generated weights per agent. The residual x (appendix G) has slope 1, so the order is kept strictly.
     """
 
     def __init__(self, state_size: int, num_agents: int, embed: int = 32):
@@ -593,7 +593,7 @@ class Replay:
 
     def state_dict(self) -> dict:
         """All episodes as one tensor a field; `load_state_dict` restores them in the same order."""
-        fields = {name: torch.cat([episode[name] for episode in self.episodes]).cpu() for name in self.FIELDS}
+        fields = {name: torch.cat([episode[name].cpu() for episode in self.episodes]) for name in self.FIELDS}
         lengths = [len(episode["reward"]) for episode in self.episodes]
         return {"lengths": lengths, "oldest": self.oldest, **fields}
 
@@ -822,13 +822,14 @@ def save_checkpoint(run_dir: Path, step: int, training: dict, policy: dict, repl
 def load_file(path: Path, kind: str) -> dict:
     """One of our files, as dictionaries of tensors and numbers; InputError if it is missing, damaged or not ours."""
     if not path.is_file():
-        raise InputError(f"There is no {path}: give a run folder with a checkpoint, or a checkpoint folder.")
+        raise InputError(f"There is no {path}: give a run folder with a checkpoint in it, or a checkpoint folder.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
         saved = None
-    if not isinstance(saved, dict) or saved.get("kind") != f"{ALGORITHM} {kind}":
-        raise InputError(f"{path} is not a complete {kind} of {ALGORITHM}: it is damaged, or something else.")
+    found = saved.get("kind", "something else") if isinstance(saved, dict) else "damaged, or something else"
+    if found != f"{ALGORITHM} {kind}":
+        raise InputError(f"{path} is not a complete {kind} of {ALGORITHM}: it is {found}.")
     return saved
 
 
@@ -847,6 +848,8 @@ def load_checkpoint(args: Args) -> dict:
     """The training state to go on from, with its replay if there is one; InputError if it does not fit the options."""
     folder = checkpoint_folder(args.resume)
     saved = load_file(folder / "training.pt", "checkpoint")
+    if saved["step"] >= args.total_timesteps and (folder.parent.parent / "summary.json").exists():
+        raise InputError(f"{args.resume} has made all its {saved['step']} steps: give a larger --total-timesteps.")
     for name in FIXED:
         ours, theirs = getattr(args, name), saved["args"].get(name, getattr(Args, name))  # older than the option
         if ours != theirs:
@@ -868,7 +871,9 @@ def make_run_dir(args: Args) -> Path:
                 f"{args.resume} is not the newest checkpoint of its run: give a --run-dir for the new one."
             )
         if run_dir.resolve() != resumed and (run_dir / "config.json").exists():
-            raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or --resume {run_dir}.")
+            begun = (checkpoint_folder(str(run_dir)) / "training.pt").exists()
+            cure = f"--resume {run_dir}" if begun else "delete it, since it ended before its first checkpoint"
+            raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or {cure}.")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").touch()
     except OSError as error:
@@ -929,8 +934,6 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
     replay = Replay(args.buffer_size, choose_buffer_device(args, env, device))
     recorder = Recorder(env)
-    obs, info = env.reset()
-    view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}  # (E, N, O), (E, S), (E, N, A)
     hidden = torch.zeros(args.num_envs, env.num_agents, networks.critic.agent.hidden_size, device=device)
     last_action = torch.full((args.num_envs, env.num_agents), -1, device=device)
     step = episodes = updates = 0
@@ -948,16 +951,21 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         recorder.arrays, view = to_arrays(saved["recorder"]), to_arrays(saved["view"])
         hidden, last_action = saved["hidden"].to(device), saved["last_action"].to(device)
         if saved["replay"] is not None:
-            replay.load_state_dict(saved["replay"])
+            replay.load_state_dict(saved.pop("replay"))  # pop: it is large, and would stay as long as this function
         torch.set_rng_state(saved["torch_rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
+    else:
+        obs, info = env.reset()
+        view = {"obs": obs, "state": info["state"], "mask": info["action_mask"]}  # (E, N, O), (E, S), (E, N, A)
 
     start_time, start_step = time.time(), step
     saved_step = step if (run_dir / "checkpoints" / str(step)).exists() else -1
 
     def save() -> None:
         nonlocal saved_step
+        if saved_step == step:
+            return
         saved_step = step
         training = {
             "kind": f"{ALGORITHM} checkpoint", "args": dataclasses.asdict(args), **about, "metrics": metrics,
@@ -971,7 +979,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         policy = {
             "kind": f"{ALGORITHM} policy", "args": dataclasses.asdict(args), **about, "level": args.level,
             "obs_size": env.obs_size, "num_agents": env.num_agents, "num_actions": env.num_actions,
-            "agent": networks.critic.agent.state_dict(),
+            "agent": {name: value.cpu() for name, value in networks.critic.agent.state_dict().items()},
         }  # fmt: skip
         save_checkpoint(run_dir, step, training, policy, replay if args.checkpoint_replay and len(replay) else None)
 
@@ -1023,7 +1031,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 logs = update(networks, optimizer, replay.sample(args.batch_size, device), args)
                 updates += 1
                 if not math.isfinite(sum(logs.values())):
-                    raise FloatingPointError(f"A loss is not finite at step {step} (update {updates}).")
+                    bar.close()
+                    raise FloatingPointError(f"A loss is not finite at step {step}: try a lower --learning-rate.")
                 if updates % 25 == 0:
                     for name, value in logs.items():
                         writer.add_scalar(f"losses/{name}", value, step)
@@ -1039,14 +1048,15 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     completed = step >= args.total_timesteps
     if completed and metrics[-1]["step"] < step:
         test()
-    if saved_step < step:
-        save()
+    save()
     bar.close()
     if not completed:
         writer.close()
         raise KeyboardInterrupt(f"Stopped at step {step:,}. Go on with: python {sys.argv[0]} --resume {run_dir}")
     agent, last = networks.critic.agent, {n: metrics[-1][n] for n in ("return_mean", "return_std", "return_se")}
-    in_mpe2 = evaluate(agent, SpreadMPE2(args.level, args.eval_episodes), device)
+    in_mpe2 = {"episodes": args.eval_episodes, **last}
+    if args.backend != "mpe2":
+        in_mpe2 = evaluate(agent, SpreadMPE2(args.level, args.eval_episodes), device)
     if args.capture_video:
         video = capture_video(agent, args.level, device, run_dir / "evaluation.gif")
         writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="evaluation", image=video)]), step)
@@ -1075,7 +1085,7 @@ def evaluate_policy(args: Args) -> dict:
     agent = Agent(policy["obs_size"], policy["num_agents"], policy["num_actions"]).to(device)
     agent.load_state_dict(policy["agent"])
     results = {}
-    for name in (args.backend, "mpe2"):
+    for name in dict.fromkeys((args.backend, "mpe2")):
         env = make_env(dataclasses.replace(args, backend=name), args.eval_episodes, 0)
         results[name] = evaluate(agent, env, device)
         print(f"Spread ({args.level}), {name}: {describe(results[name])}, {args.eval_episodes} episodes")
@@ -1096,6 +1106,8 @@ def main() -> int:
         signal.signal(signum, signal.default_int_handler)
 
     try:
+        if "" in (args.run_dir, args.resume, args.evaluate):
+            raise InputError("--run-dir, --resume and --evaluate need a path, not an empty word: leave them out.")
         if args.resume and args.evaluate:
             raise InputError("--resume and --evaluate exclude each other: give one of them.")
         if args.resume or args.evaluate:  # what is not given on the command line is as it was in that run
@@ -1113,6 +1125,9 @@ def main() -> int:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: out of memory; lower --num-envs, --batch-size or --buffer-size. ({error})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "Stopped.", file=sys.stderr)
         return 130

@@ -661,6 +661,58 @@ def test_a_run_is_never_overwritten(finished_run, monkeypatch, capsys):
     assert "--resume" in output
 
 
+def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").touch()
+    code, output = run_main(monkeypatch, capsys, "--run-dir", tmp_path)
+    assert code == 2
+    assert "delete it" in output
+    assert "--resume" not in output
+
+
+def test_a_finished_run_is_resumed_with_more_steps_only(finished_run, monkeypatch, capsys):
+    code, output = run_main(monkeypatch, capsys, "--resume", finished_run[0])
+    assert code == 2
+    assert "1200 steps: give a larger --total-timesteps" in output
+    assert len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--resume", "--evaluate", "--run-dir"])
+def test_an_empty_path_starts_nothing(option, monkeypatch, capsys):
+    code, output = run_main(monkeypatch, capsys, option, "")
+    assert code == 2
+    assert "empty" in output
+
+
+def test_a_game_lost_for_good_during_a_test_costs_no_steps(tmp_path, monkeypatch):
+    tests, real_evaluate = [], sq.evaluate
+
+    def evaluate(*arguments):
+        tests.append(arguments[3])
+        if len(tests) == 3:
+            raise ConnectionError("StarCraft II failed")
+        return real_evaluate(*arguments)
+
+    monkeypatch.setattr(sq, "evaluate", evaluate)
+    with pytest.raises(ConnectionError):
+        sq.train(small_args(tmp_path, total_timesteps=1200, eval_interval=400))
+    assert (tmp_path / "checkpoints" / "800" / "replay.pt").exists()
+    sq.train(small_args(tmp_path, resume=str(tmp_path), total_timesteps=1000, eval_interval=400))
+    assert [row["step"] for row in read_metrics(tmp_path)] == ["0", "400", "1000"]
+    assert len(set(tests[:3])) == 3  # each test has battles of its own
+
+
+def test_running_out_of_memory_gets_one_sentence(tmp_path, monkeypatch, capsys):
+    def update(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(sq, "update", update)
+    options = ["--run-dir", tmp_path / "run", "--total-timesteps", 2000, "--batch-size", 2, "--eval-episodes", 2]
+    code, output = run_main(monkeypatch, capsys, *options)
+    assert code == 1
+    assert "error: out of memory; lower --num-envs" in output
+    assert "Traceback" not in output
+
+
 def test_options_of_a_resumed_run_default_to_its_own(finished_run, tmp_path, monkeypatch, capsys):
     options = ["--resume", finished_run[0], "--run-dir", tmp_path / "more", "--total-timesteps", 1240]
     assert run_main(monkeypatch, capsys, *options)[0] == 0

@@ -235,6 +235,25 @@ def test_seeds_fix_teams_and_positions(make_env):
 
 
 @needs_smacv2
+@pytest.mark.parametrize("reward_scale", ["expected", "first_episode"])
+def test_reset_before_the_first_end_launches_no_other_game(make_env, games, reward_scale):
+    """Nor does it change the reward's scale: the same battle, begun again, gives the same rewards."""
+    env = make_env("zerg_5_vs_5", 1, seed=7, reward_scale=reward_scale)
+    env.reset()
+    rewards = []
+    for _ in range(2):
+        rng, total = np.random.default_rng(0), 0.0
+        _, info = env.reset(seed=7)
+        for _ in range(20):
+            _, reward, *_, info = env.step(random_actions(info["action_mask"], rng))
+            total += float(reward[0])
+        rewards.append(total)
+    assert rewards[0] > 0
+    assert rewards[0] == pytest.approx(rewards[1])
+    assert len(games.started()) == 1
+
+
+@needs_smacv2
 def test_every_game_has_its_own_port(make_env, games):
     training, evaluation = make_env("protoss_5_vs_5", 2), make_env("protoss_5_vs_5", 2)
     training.reset()
@@ -449,10 +468,12 @@ def test_training_goes_on_and_stores_only_whole_battles(games, monkeypatch, tmp_
         assert (played[1:].argmax(-1) == episode["action"])[alive].all()
         assert np.take_along_axis(episode["mask"][:-1], episode["action"][..., None], axis=-1).all()
         assert alive[0].all()
-    assert len(games.started()) == 4 + (fault != "none")
+    started = 4 + (fault != "none")
+    assert len(games.started()) == started
     assert wait_until(lambda: not games.running())
     resumed = script.train(script.Args(**(vars(args) | {"resume": str(tmp_path / "run"), "total_timesteps": 700})))
     assert resumed["env_steps"] == 700
+    assert len(games.started()) == started + 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
