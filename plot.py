@@ -1,14 +1,14 @@
 """Plot learning curves: mean and 95 % band over seeds, against steps and against hours, and print the table.
 
     python plot.py runs/                                  # every run below runs/, a row of panels per map
-    python plot.py runs/ results/csv --out curves.png     # several folders
+    python plot.py runs/ results/mpe --out curves.pdf     # several folders
 
-Reads the config.json and metrics.csv that every training script leaves in its run folder. Runs are grouped by map (or
-Spread level), by algorithm (exp_name and the options in which its runs differ) and by backend: a simulator's curve is
-never averaged with StarCraft II's.
+Reads the config.json and metrics.csv that the SMACv2 and MPE scripts leave in their run folders (the matrix scripts
+draw their own picture, q_tot.png). Runs are grouped by map (or Spread level), by algorithm (exp_name and the options in
+which its runs differ) and by backend: a simulator's curve is never averaged with StarCraft II's. A folder that cannot
+be read is skipped with a warning.
 """
 
-import csv
 import json
 import sys
 from collections import defaultdict
@@ -30,6 +30,7 @@ NEUTRAL = {
     "total_timesteps", "buffer_device", "checkpoint_interval", "checkpoint_replay", "save_replay", "check_env",
     "capture_video", "compile",
 }  # fmt: skip
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
 
 
 @dataclass
@@ -37,13 +38,28 @@ class Args:
     folders: tyro.conf.Positional[list[str]]
     """folders to search for runs"""
     out: str = "curves.png"
-    """the picture to write"""
+    """the picture to write: .png, .pdf, .svg or .jpg"""
     smooth: int = 5
     """evaluations averaged for a point of a curve"""
     final: int = 10
     """last evaluations averaged for the table's final value"""
     at: tuple[int, ...] = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000)
     """steps at which the table gives the mean of the evaluations of the last 50,000 steps"""
+
+
+def find_error(args: Args) -> str | None:
+    """What is wrong with the options, in one sentence."""
+    for name, low, values in (("smooth", 1, [args.smooth]), ("final", 1, [args.final]), ("at", 0, args.at)):
+        if min(values, default=low) < low:
+            return f"--{name} is {min(values)}; it must be at least {low}."
+    if Path(args.out).suffix.lower() not in FORMATS:
+        return f"--out is {args.out!r}; it must be a file name that ends in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."
+    if not args.folders:
+        return "There is no folder to search: python plot.py runs/"
+    for folder in args.folders:
+        if not Path(folder).is_dir():
+            return f"There is no folder {folder}: give folders that a training script has written."
+    return None
 
 
 @dataclass
@@ -57,19 +73,33 @@ class Run:
     columns: dict[str, np.ndarray]
 
 
-def read_run(folder: Path) -> Run | None:
-    """None if the folder's files are incomplete, as those of a run that has just begun."""
+def read_run(folder: Path) -> Run:
+    """The run in this folder; ValueError, saying why not, if its files are incomplete or not those of such a run."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-        columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
         args, backend = config["args"], config["backend"]
         version = f" {config['simulator_version']}" if config.get("simulator_version") else ""
         place = f"{args['map']} ({backend}{version})" if "map" in args else f"spread {args['level']} ({backend})"
         options = {name: str(value) for name, value in args.items() if name not in NEUTRAL}
-        return Run(place, args["exp_name"], options, args["seed"], columns)
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
-        return None
+        name, seed = str(args["exp_name"]), int(args["seed"])
+    except FileNotFoundError:
+        raise ValueError("it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("its config.json is not one of the SMACv2 and MPE scripts, or damaged") from None
+    try:
+        lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
+        header, rows = lines[0] if lines else [], lines[1:]
+        values = np.array(rows, float).T  # (columns, tests); ValueError if a line is shorter than the others
+        if rows and (len(values) != len(header) or not np.isfinite(values).all()):
+            raise ValueError
+    except (OSError, ValueError):
+        raise ValueError("its metrics.csv has an incomplete line or something other than numbers in it") from None
+    if not rows:
+        raise ValueError("its metrics.csv is empty, as before the first test")
+    missing = {"step", "seconds", "return_mean", *(["win_rate"] if "map" in args else [])} - set(header)
+    if missing:
+        raise ValueError(f"its metrics.csv has no column {' or '.join(sorted(missing))}")
+    return Run(place, name, options, seed, dict(zip(header, values, strict=True)))
 
 
 def label_of(run: Run, runs: list[Run]) -> str:
@@ -98,20 +128,20 @@ def band(runs: list[Run], x: str, y: str, window: int) -> tuple[np.ndarray, np.n
 def table(groups: dict, args: Args) -> list[str]:
     """A row a group: values on the way, final value and area under the curve, mean +- standard deviation over seeds."""
     longest = max(run.columns["step"][-1] for runs in groups.values() for run in runs)
-    at = [step for step in args.at if step <= longest]
+    at = [step for step in dict.fromkeys(args.at) if step <= longest]
     heads = ["where", "algorithm", "measure", "seeds", "steps", *(f"{step / 1e6:g}M" for step in at), "final", "area"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for (place, label), runs in sorted(groups.items()):
         measure = "win_rate" if "win_rate" in runs[0].columns else "return_mean"
         steps = min(run.columns["step"][-1] for run in runs)
-        found = {head: [] for head in heads[5:]}
+        found = {column: [] for column in (*at, "final", "area")}
         for run in runs:
             inside = run.columns["step"] <= steps
             values, x = run.columns[measure][inside], run.columns["step"][inside]
-            for step, head in zip(at, heads[5:-2], strict=True):
+            for step in at:
                 window = (x > step - 50_000) & (x <= step)
                 if step <= steps and window.any():
-                    found[head].append(values[window].mean())
+                    found[step].append(values[window].mean())
             found["final"].append(values[-args.final :].mean())
             found["area"].append(np.trapezoid(values, x) / (x[-1] - x[0]) if len(x) > 1 else values[0])
         cells = [
@@ -148,16 +178,31 @@ def draw(groups: dict, args: Args) -> None:
                 axis.set_ylim(0, 1)
             axis.grid(alpha=0.3)
         row[0].legend(fontsize=7)
+    tests = f"a running mean over {args.smooth} tests" if args.smooth > 1 else "every test"
+    caption = (
+        f"Lines: {tests}, averaged over the seeds (their number in brackets). Bands: 95 % t interval over the seeds."
+    )
+    figure.supxlabel(caption, fontsize=8)
     figure.tight_layout()
     figure.savefig(args.out, dpi=110)
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    found = [read_run(file.parent) for folder in args.folders for file in sorted(Path(folder).rglob("metrics.csv"))]
-    runs = [run for run in found if run is not None]
+    if error := find_error(args):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Once each, though one folder may lie in another
+    files = {file.resolve(): file for folder in args.folders for file in sorted(Path(folder).rglob("metrics.csv"))}
+    runs = []
+    for file in files.values():
+        try:
+            runs.append(read_run(file.parent))
+        except ValueError as reason:
+            print(f"warning: {file.parent} is skipped: {reason}.", file=sys.stderr)
     if not runs:
-        print(f"error: no config.json with metrics.csv below {', '.join(args.folders)}: train first.", file=sys.stderr)
+        why = "none of these runs can be drawn" if files else f"no metrics.csv below {', '.join(args.folders)}"
+        print(f"error: {why}: train with a SMACv2 or MPE script first.", file=sys.stderr)
         return 2
     groups = defaultdict(list)
     for run in runs:
@@ -168,7 +213,7 @@ def main() -> int:
     print("\n".join(table(groups, args)))
     try:
         draw(groups, args)
-    except (OSError, ValueError) as error:  # ValueError: a picture format that matplotlib does not know
+    except (OSError, ValueError) as error:  # ValueError: a picture too large for its format
         print(f"error: {args.out} cannot be written ({error}).", file=sys.stderr)
         return 2
     print(f"Picture: {args.out}")

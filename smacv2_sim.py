@@ -1248,13 +1248,13 @@ def load_units(e, world, types, numbers):
 def parse_map_name(map_name):
     """Split e.g. "protoss_10_vs_11" into (race, number of agents, number of enemies).
 
-    Errors: ValueError for another form, an unknown race, or an empty team.
+    Errors: ValueError for another form, an unknown race, or a team that is empty or larger than 99.
     """
-    parts = re.fullmatch(r"([a-z]+)_(\d+)_vs_(\d+)", map_name) if isinstance(map_name, str) else None
-    if parts is None or parts[1] not in RACES or int(parts[2]) == 0 or int(parts[3]) == 0:
+    parts = re.fullmatch(r"([a-z]+)_([1-9]\d?)_vs_([1-9]\d?)", map_name) if isinstance(map_name, str) else None
+    if parts is None or parts[1] not in RACES:
         raise ValueError(
             f"unknown map {map_name!r}: expected <race>_<agents>_vs_<enemies> with race protoss, terran or zerg "
-            f"and at least one unit a side, such as protoss_5_vs_5 or zerg_10_vs_11"
+            f"and 1 to 99 units a side, such as protoss_5_vs_5 or zerg_10_vs_11"
         )
     return parts[1], int(parts[2]), int(parts[3])
 
@@ -1649,9 +1649,20 @@ def play_battles(map_name, battles, choose, **options):
 
 
 if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("maps", nargs="*", default=[f"{race}_5_vs_5" for race in RACES], help="default: %(default)s")
+    chosen_maps = parser.parse_args().maps
+    try:
+        for chosen_map in chosen_maps:
+            parse_map_name(chosen_map)
+    except ValueError as error:
+        print(f"error: {error}.", file=sys.stderr)
+        sys.exit(2)
     rng = np.random.default_rng(0)
     scripts = {"random": lambda env, mask: random_actions(mask, rng), "nearest": nearest_attack_actions}
-    for chosen_map in sys.argv[1:] or ["protoss_5_vs_5", "terran_5_vs_5", "zerg_5_vs_5"]:
+    for chosen_map in chosen_maps:
         for script, choose in scripts.items():
             start = time.time()
             means = play_battles(chosen_map, 2000, choose)

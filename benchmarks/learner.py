@@ -16,6 +16,7 @@ for one large copy (the cache is faster). Each case runs in a process of its own
 import copy
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import sys
@@ -65,6 +66,18 @@ class Args:
     """also time the update as with the scripts' --compile"""
     json: str | None = None
     """also write the figures to this file"""
+
+
+def find_error(args: Args) -> str | None:
+    """What is wrong with the options, in one sentence."""
+    for name, low in (("batch_size", 1), ("repeats", 1), ("threads", 0)):
+        if getattr(args, name) < low:
+            return f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}."
+    try:
+        open(args.json or os.devnull, "a").close()
+    except OSError as error:
+        return f"--json {args.json} cannot be written ({error.strerror}): choose another file."
+    return None
 
 
 def battle_lengths(map_name: str, count: int) -> list[int]:
@@ -194,6 +207,9 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: f
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    if error := find_error(args):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     args.threads = args.threads or torch.get_num_threads()
     pool = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)

@@ -101,11 +101,15 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-seeds", type=int, default=64)
     parser.add_argument("--total-timesteps", type=int, default=10_000)
     options = parser.parse_args()
+    for name, low in (("num_seeds", 1), ("total_timesteps", SOFT.Args.batch_size)):  # an update needs a full batch
+        if not low <= (value := getattr(options, name)) <= 1e9:
+            print(f"error: --{name.replace('_', '-')} is {value}; it must be in [{low}, 1e9].", file=sys.stderr)
+            return 2
     torch.set_num_threads(1)
     print(f"{datetime.date.today()}, {cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}.", end=" ")
     print(f"{options.num_seeds} seeds a cell, {options.total_timesteps:,} games a seed; 95 % Wilson intervals.")
@@ -123,7 +127,8 @@ def main() -> None:
             print(f"| {label} | " + " | ".join(map(cell, results)) + " |", flush=True)
             bar.update()
     bar.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

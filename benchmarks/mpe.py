@@ -5,6 +5,7 @@
     python benchmarks/mpe.py --levels hard --algorithms qmix softqmix_1.0 --total-timesteps 1000000 --workers 2
 
 Call it again after an interruption, or with more steps or seeds: finished runs are skipped, unfinished ones resumed.
+Nothing is ever deleted: the folder of a run that was killed before its first checkpoint is yours to remove.
 Then: python plot.py FOLDER. Each run leaves its messages in FOLDER/{name}.log.
 """
 
@@ -29,8 +30,8 @@ ALGORITHMS = {
 class Args:
     levels: tuple[Literal["simple", "medium", "hard"], ...] = ("hard", "medium", "simple")
     """which levels"""
-    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
-    """qmix, softqmix_1.0, softqmix_0.3, softqmix_0.1 (the number is alpha)"""
+    algorithms: tuple[Literal["qmix", "softqmix_1.0", "softqmix_0.3", "softqmix_0.1"], ...] = tuple(ALGORITHMS)
+    """which algorithms; the number is alpha"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """which seeds"""
     total_timesteps: int = 10_000_000

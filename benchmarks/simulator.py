@@ -19,6 +19,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -27,10 +28,31 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 SIZES = ["5_vs_5", "10_vs_10", "10_vs_11", "20_vs_20", "20_vs_23"]
 MAPS = [f"{race}_{size}" for size in SIZES for race in ("protoss", "terran", "zerg")]
 SMAX_MAPS = {"5_vs_5": "smacv2_5_units", "10_vs_10": "smacv2_10_units"}
 SMAX_STEPS = 100  # env steps in one compiled call; fewer for many battles
+
+
+def find_error(args):
+    """Say what is wrong with the options. Returns: one sentence, or None."""
+    from smacv2_sim import parse_map_name
+
+    if not 0 < args.seconds < math.inf:
+        return f"--seconds is {args.seconds}; it must be positive and finite."
+    if min(args.battles) < 1:
+        return f"--battles has {min(args.battles)}; each number must be at least 1."
+    try:
+        for map_name in args.maps:
+            parse_map_name(map_name)
+    except ValueError as error:
+        return f"--maps: {error}."
+    try:
+        open(args.json or os.devnull, "a").close()
+    except OSError as error:
+        return f"--json {args.json} cannot be written ({error.strerror}): choose another file."
+    return None
 
 
 def measure_simulator(map_name, num_envs, seconds):
@@ -132,7 +154,7 @@ def describe_machine():
 
 
 def main():
-    """Measure everything asked for, print a table line by line, and write the JSON file."""
+    """Measure everything asked for, print a table line by line, and write the JSON file. Returns: the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", nargs="+", default=MAPS, metavar="MAP", help="default: all fifteen")
     parser.add_argument("--battles", nargs="+", type=int, default=[1, 4, 16, 64, 1024], help="numbers of battles")
@@ -142,10 +164,12 @@ def main():
     args = parser.parse_args()
     if args.measure:
         program, map_name, num_envs, seconds = args.measure
-        sys.path.insert(0, str(ROOT))
         measure = {"simulator": measure_simulator, "smax": measure_smax}[program]
         print(json.dumps(measure(map_name, int(num_envs), float(seconds))))
-        return
+        return 0
+    if error := find_error(args):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
     machine = describe_machine()
     found = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine["versions"].items())
@@ -174,7 +198,8 @@ def main():
                 print(line, flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -44,7 +45,7 @@ class Args:
     """which scripts"""
     maps: tuple[str, ...] = ("protoss_5_vs_5",)
     """of the SMACv2 scripts, played on the simulator"""
-    levels: tuple[str, ...] = ("hard",)
+    levels: tuple[Literal["simple", "medium", "hard"], ...] = ("hard",)
     """of the MPE scripts"""
     num_envs: tuple[int, ...] = (4,)
     """environments at a time"""
@@ -58,6 +59,26 @@ class Args:
     """use the GPU if there is one"""
     json: str | None = None
     """also write the figures to this file"""
+
+
+def find_error(args: Args) -> str | None:
+    """What is wrong with the options, in one sentence."""
+    from smacv2_sim import parse_map_name  # not above: numba must not be imported before its number of threads is set
+
+    numbers = [("seconds", args.seconds, 1), ("warm-up", args.warm_up, 0), ("threads", args.threads, 0)]
+    for name, value, low in numbers + [("num-envs", number, 1) for number in args.num_envs]:
+        if not low <= value < math.inf:
+            return f"--{name} is {value}; it must be finite and at least {low}."
+    try:
+        for map_name in args.maps:
+            parse_map_name(map_name)
+    except ValueError as error:
+        return f"--maps: {error}."
+    try:
+        open(args.json or os.devnull, "a").close()
+    except OSError as error:
+        return f"--json {args.json} cannot be written ({error.strerror}): choose another file."
+    return None
 
 
 def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
@@ -133,6 +154,9 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    if error := find_error(args):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     name = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else f"{platform.machine()} CPU"
     print(
         f"{name}, {os.cpu_count()} cores, {args.threads or torch.get_num_threads()} threads, torch {torch.__version__}"
