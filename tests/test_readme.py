@@ -1,6 +1,10 @@
-"""What the README says is there, and its example runs."""
+"""What the documents say is there: the README's example runs, commands and options exist, and so do links and files."""
 
+import argparse
 import contextlib
+import dataclasses
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,35 +15,93 @@ import tyro
 import softqmix_smacv2
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    python (\w+)\.py (.*?) *(?:#.*)?$", README, re.MULTILINE)
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md")))
+}
+PROGRAMS = {str(path.relative_to(ROOT).with_suffix("")) for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"))}
+PYTHON = r"(?:\w+=\S+ )*(?:\S+/)?python "  # with variables, or of a virtual environment
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """Program and options of each call, on an indented line or, with options, inline."""
+    text = re.sub(r"\\\n *", "", text)
+    lines = re.findall(rf"^ {{4,}}{PYTHON}([\w/]+)\.py\b(.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    return lines + re.findall(rf"`(?:{PYTHON})?([\w/]+)\.py (-[^`]*)`", text)
+
+
+COMMANDS = [(name, *command) for name, text in DOCUMENTS.items() for command in commands(text)]
+
+
+def python_example(document: str) -> str:
+    return re.search(r"```python\n(.*?)```", DOCUMENTS[document], re.DOTALL).group(1)
 
 
 def test_the_policy_example_plays_a_battle(tmp_path, monkeypatch, capsys):
     args = softqmix_smacv2.Args(map="zerg_2_vs_2", total_timesteps=8, eval_episodes=2, run_dir=str(tmp_path))
     softqmix_smacv2.train(args)
     monkeypatch.chdir(tmp_path)
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    exec(example, {})
+    exec(python_example("README.md"), {})
     assert capsys.readouterr().out.strip().splitlines()[-1] in ("won", "not won")
 
 
-@pytest.mark.parametrize(("script", "options"), COMMANDS, ids=lambda text: text[:40])
-def test_commands_have_existing_scripts_and_options(script, options):
-    module = __import__(script)
-    with contextlib.suppress(SystemExit) if "--help" in options else contextlib.nullcontext():
-        tyro.cli(module.Args, args=shlex.split(options))
+def test_the_environment_example_learns_as_fast_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(softqmix_smacv2, "make_env", softqmix_smacv2.make_env)  # the example replaces it
+    exec(python_example("docs/your_environment.md").replace("10_000", "4_000"), {})
+    summary = json.loads(next(tmp_path.glob("runs/*/summary.json")).read_text())
+    assert summary["env_steps"] == 4000
+    assert summary["eval"]["win_rate"] == 1
+
+
+class Parsed(Exception):
+    """Raised in place of the work."""
+
+
+@pytest.mark.parametrize(("document", "program", "options"), COMMANDS, ids=lambda text: text[:40])
+def test_commands_have_existing_programs_and_options(document, program, options, monkeypatch):
+    module = importlib.import_module(program.replace("/", "."))
+    words, parse_args = shlex.split(options), argparse.ArgumentParser.parse_args
+
+    def only_parse(parser):
+        raise Parsed(parse_args(parser, words))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+        if hasattr(module, "Args"):
+            tyro.cli(module.Args, args=words)
+        else:
+            with pytest.raises(Parsed):
+                module.main()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_options_named_in_the_text_exist(document):
+    modules = [importlib.import_module(program.replace("/", ".")) for program in PROGRAMS]
+    fields = [field for module in modules if hasattr(module, "Args") for field in dataclasses.fields(module.Args)]
+    known = {field.name for field in fields} | {f"no_{field.name}" for field in fields if field.type is bool}
+    known |= {"help", "logdir", "maps", "battles", "seconds"}  # TensorBoard's, and of programs without Args
+    named = re.findall(r"(?<![\w-])--([a-z][a-z-]*)", DOCUMENTS[document])
+    assert {name.replace("-", "_") for name in named} - known == set()
 
 
 def test_nothing_is_left_to_fill_in():
-    assert "@@" not in README
+    assert not [name for name, text in DOCUMENTS.items() if "@@" in text]
 
 
-def test_files_exist():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")):
-        text = document.read_text()
-        for link in re.findall(r"\]\((?!http|#)([^)#]+)\)", text):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
-        names = set(re.findall(r"`((?:tests/|docs/|benchmarks/|results/)?\w+\.(?:py|md|txt))`", text))
-        for name in names - {"my_game.csv"}:
-            assert any((folder / name).exists() for folder in (ROOT, document.parent, ROOT / "tests")), name
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_files_exist(document):
+    text, folder = DOCUMENTS[document], (ROOT / document).parent
+    for file, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        assert (folder / file).exists(), file
+        if anchor:
+            assert anchor in anchors((folder / file).read_text() if file else text), f"{file}#{anchor}"
+    names = set(re.findall(r"`((?:tests/|docs/|benchmarks/|results/)?\w+\.(?:py|md|txt))`", text))
+    for name in names - {"agree.py"}:  # the reader's own
+        assert any((place / name).exists() for place in (ROOT, folder, ROOT / "tests")), name
