@@ -145,7 +145,7 @@ def table(groups: dict, args: Args) -> list[str]:
             found["final"].append(values[-args.final :].mean())
             found["area"].append(np.trapezoid(values, x) / (x[-1] - x[0]) if len(x) > 1 else values[0])
         cells = [
-            f"{np.mean(v):.3g}" + (f" +- {np.std(v, ddof=1):.2g}" if len(v) > 1 else "") if v else ""
+            f"{np.mean(v):.3g}" + (f" +- {float(f'{np.std(v, ddof=1):.2g}'):g}" if len(v) > 1 else "") if v else ""
             for v in found.values()
         ]
         lines.append(f"| {place} | {label} | {measure} | {len(runs)} | {steps:,.0f} | {' | '.join(cells)} |")
