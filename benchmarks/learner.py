@@ -16,7 +16,6 @@ for one large copy (the cache is faster). Each case runs in a process of its own
 import copy
 import json
 import multiprocessing
-import os
 import platform
 import resource
 import sys
@@ -35,6 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import softqmix_smacv2 as script
+from benchmarks.options import wrong_json
 from smacv2_sim import SMACv2Sim, random_actions
 
 SIZES = {  # fixed length; agents, observation, state, actions
@@ -73,11 +73,7 @@ def find_error(args: Args) -> str | None:
     for name, low in (("batch_size", 1), ("repeats", 1), ("threads", 0)):
         if getattr(args, name) < low:
             return f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}."
-    try:
-        open(args.json or os.devnull, "a").close()
-    except OSError as error:
-        return f"--json {args.json} cannot be written ({error.strerror}): choose another file."
-    return None
+    return wrong_json(args.json)
 
 
 def battle_lengths(map_name: str, count: int) -> list[int]:

@@ -29,6 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.options import wrong_json, wrong_maps  # noqa: E402
+
 SIZES = ["5_vs_5", "10_vs_10", "10_vs_11", "20_vs_20", "20_vs_23"]
 MAPS = [f"{race}_{size}" for size in SIZES for race in ("protoss", "terran", "zerg")]
 SMAX_MAPS = {"5_vs_5": "smacv2_5_units", "10_vs_10": "smacv2_10_units"}
@@ -37,22 +39,11 @@ SMAX_STEPS = 100  # env steps in one compiled call; fewer for many battles
 
 def find_error(args):
     """Say what is wrong with the options. Returns: one sentence, or None."""
-    from smacv2_sim import parse_map_name
-
     if not 0 < args.seconds < math.inf:
         return f"--seconds is {args.seconds}; it must be positive and finite."
     if min(args.battles) < 1:
         return f"--battles has {min(args.battles)}; each number must be at least 1."
-    try:
-        for map_name in args.maps:
-            parse_map_name(map_name)
-    except ValueError as error:
-        return f"--maps: {error}."
-    try:
-        open(args.json or os.devnull, "a").close()
-    except OSError as error:
-        return f"--json {args.json} cannot be written ({error.strerror}): choose another file."
-    return None
+    return wrong_maps(args.maps) or wrong_json(args.json)
 
 
 def measure_simulator(map_name, num_envs, seconds):

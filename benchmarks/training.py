@@ -34,6 +34,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.options import wrong_json, wrong_maps
+
 PARTS = ("acting", "environment", "sampling", "learning", "logging", "tests", "checkpoints")
 
 
@@ -63,22 +65,11 @@ class Args:
 
 def find_error(args: Args) -> str | None:
     """What is wrong with the options, in one sentence."""
-    from smacv2_sim import parse_map_name  # not above: numba must not be imported before its number of threads is set
-
     numbers = [("seconds", args.seconds, 1), ("warm-up", args.warm_up, 0), ("threads", args.threads, 0)]
     for name, value, low in numbers + [("num-envs", number, 1) for number in args.num_envs]:
         if not low <= value < math.inf:
             return f"--{name} is {value}; it must be finite and at least {low}."
-    try:
-        for map_name in args.maps:
-            parse_map_name(map_name)
-    except ValueError as error:
-        return f"--maps: {error}."
-    try:
-        open(args.json or os.devnull, "a").close()
-    except OSError as error:
-        return f"--json {args.json} cannot be written ({error.strerror}): choose another file."
-    return None
+    return wrong_maps(args.maps) or wrong_json(args.json)
 
 
 def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
