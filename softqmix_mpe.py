@@ -31,6 +31,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,8 @@ class Args:
     """use the GPU if there is one"""
     compile: bool = False
     """compile mixer and transformations with torch.compile: half a minute at the start, a little faster from then on"""
+    cudagraphs: bool = False
+    """on a GPU, record what updating and acting launch, then replay it as a whole; batches are padded for it"""
     run_dir: str | None = None
     """folder of this run; default runs/spread_{level}__{exp_name}__{backend}__{seed}__{time}"""
     resume: str | None = None
@@ -147,6 +150,8 @@ def check_args(args: Args) -> None:
         return
     if args.buffer_device == "cuda" and not (args.cuda and torch.cuda.is_available()):
         raise InputError("--buffer-device cuda needs a GPU that PyTorch can use, and --cuda: take auto or cpu.")
+    if args.cudagraphs and not (args.cuda and torch.cuda.is_available()):
+        raise InputError("--cudagraphs needs a GPU that PyTorch can use, and --cuda: take --no-cudagraphs.")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if args.compile and not (shutil.which(compiler) and Path(sysconfig.get_path("include"), "Python.h").exists()):
         raise InputError(f"--compile needs {compiler} and Python.h (python3-dev): install both, or take --no-compile.")
@@ -360,7 +365,7 @@ class Agent(nn.Module):
 
     def encode(self, obs: torch.Tensor, last_action: torch.Tensor) -> torch.Tensor:
         """obs (M, N, O), last_action (M, N) with -1 for none -> input (M, N, O + A + N)."""
-        last_action = F.one_hot(last_action + 1, self.num_actions + 1)[..., 1:]  # (M, N, A)
+        last_action = last_action.unsqueeze(-1) == torch.arange(self.num_actions, device=obs.device)  # (M, N, A)
         agent_id = torch.eye(self.num_agents, device=obs.device).expand(len(obs), -1, -1)  # (M, N, N)
         return torch.cat([obs, last_action, agent_id], dim=-1)
 
@@ -377,7 +382,9 @@ class Agent(nn.Module):
         """
         x = F.relu(self.fc_in(x)).flatten(0, 1)  # (M*N, H)
         sizes = [n * self.num_agents for n in num_episodes]
-        if x.is_cuda:
+        if x.is_cuda and sizes[-1] == sizes[0]:
+            output = self.gru(x.view(len(sizes), sizes[0], -1))[0].flatten(0, 1)
+        elif x.is_cuda:
             output = self.gru(nn.utils.rnn.PackedSequence(x, torch.tensor(sizes)))[0].data
         else:  # the same step by step: on a CPU it takes half as long
             hidden, outputs = x.new_zeros(sizes[0], self.hidden_size), []
@@ -534,7 +541,8 @@ class Batch:
     """B episodes in order of time, without padding: M rows with t = 0..L, of which R have t < L.
 
     First the rows t = 0 of all episodes, the longest first, then the rows t = 1 of those that have one, and so on. So
-    the row that follows the i-th of the R rows is row B + i of the M rows.
+    the row that follows the i-th of the R rows is row B + i of the M rows. Padded, every episode is made as long as the
+    longest by repeating its last rows, which then count for nothing.
     """
 
     obs: torch.Tensor  # (M, N, O)
@@ -544,7 +552,14 @@ class Batch:
     reward: torch.Tensor  # (R,)
     terminated: torch.Tensor  # (R,) ended for good here: no bootstrap
     now: torch.Tensor  # (R,) which of the M rows have t < L
-    num_episodes: list[int]  # with L >= t, for each t: B, B, then fewer and fewer
+    place: torch.Tensor  # (R,) t * B + the episode's number: where the row is in a table (T, B)
+    last: torch.Tensor  # (R,) t = L - 1
+    real: torch.Tensor  # (R,) t < L: False in padding
+    num_episodes: list[int]  # with L >= t, for each t: B, B, then fewer and fewer; padded: always B
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """(R,) -> (): over real steps."""
+        return x.masked_fill(~self.real, 0).sum() / self.real.sum()
 
 
 class Replay:
@@ -570,26 +585,29 @@ class Replay:
             self.episodes[self.oldest] = stored
             self.oldest = (self.oldest + 1) % self.capacity
 
-    def sample(self, batch_size: int, device: torch.device) -> Batch:
-        """Draw different episodes, all equally likely."""
+    def sample(self, batch_size: int, device: torch.device, pad: bool = False) -> Batch:
+        """Draw different episodes, all equally likely. With `pad`, lengths that differ become one multiple of 32."""
         chosen = [self.episodes[i] for i in torch.randperm(len(self.episodes))[:batch_size].tolist()]
         chosen.sort(key=lambda episode: len(episode["reward"]), reverse=True)
         lengths = np.array([len(episode["reward"]) for episode in chosen])
         num_episodes = [int((lengths >= t).sum()) for t in range(lengths[0] + 1)]
-        num_running = num_episodes[1:]  # with L > t
+        if pad and lengths[-1] < lengths[0]:
+            num_episodes = [len(chosen)] * (-(-lengths[0] // 32) * 32 + 1)
+        t = np.repeat(np.arange(len(num_episodes)), num_episodes)  # (M,)
+        b = np.concatenate([np.arange(n) for n in num_episodes])  # (M,) the episode's number
+        now = np.flatnonzero(b < np.array([*num_episodes[1:], 0])[t])  # (R,)
 
-        def order_of_time(num_rows: np.ndarray, num_episodes: list[int]) -> torch.Tensor:
-            """Where, in episodes standing one after the other, the rows t = 0 of all are, then the rows t = 1, ..."""
+        def order_of_time(num_rows: np.ndarray, t: np.ndarray, b: np.ndarray) -> torch.Tensor:
+            """Where those rows are when episodes stand one after the other; beyond its end, an episode's last row."""
             first = np.cumsum(num_rows) - num_rows  # each episode's row t = 0
-            rows = np.concatenate([first[:n] + t for t, n in enumerate(num_episodes)])
-            return torch.from_numpy(rows).to(self.device)
+            return torch.from_numpy(first[b] + np.minimum(t, num_rows[b] - 1)).to(self.device)
 
-        order = dict.fromkeys(self.FIELDS, order_of_time(lengths, num_running))
-        order |= dict.fromkeys(self.VIEW, order_of_time(lengths + 1, num_episodes))
+        order = dict.fromkeys(self.FIELDS, order_of_time(lengths, t[now], b[now]))
+        order |= dict.fromkeys(self.VIEW, order_of_time(lengths + 1, t, b))
         rows = {name: torch.cat([episode[name] for episode in chosen])[order[name]].to(device) for name in self.FIELDS}
-        begin = np.cumsum([0, *num_episodes])  # the first of the M rows of each t
-        now = np.concatenate([start + np.arange(n) for start, n in zip(begin, num_running, strict=False)])
-        return Batch(**rows, now=torch.from_numpy(now).to(device), num_episodes=num_episodes)
+        t, b = t[now], b[now]  # (R,)
+        where = {"now": now, "place": t * len(chosen) + b, "last": t == lengths[b] - 1, "real": t < lengths[b]}
+        return Batch(**rows, **to_tensors(where, device), num_episodes=num_episodes)
 
     def state_dict(self) -> dict:
         """All episodes as one tensor a field; `load_state_dict` restores them in the same order."""
@@ -649,7 +667,7 @@ def td_lambda_targets(
     terminated: torch.Tensor,  # (R,) the episode ended for good with step t
     next_q: torch.Tensor,  # (R,) Qbar_tot(s_{t+1}, u'_{t+1})
     next_log_policy: torch.Tensor,  # (R,) log pi(u'_{t+1} | s_{t+1}), summed over agents
-    num_running: list[int],  # episodes with L > t, for each t; rows are in order of time, as in Batch
+    batch: Batch,  # says which row is which step
     gamma: float,
     td_lambda: float,
     alpha: float,
@@ -661,14 +679,14 @@ def td_lambda_targets(
 
     The entropy of s_{t+1} enters once, beside both terms. Nothing follows a terminated step.
     """
-    columns = (column.split(num_running) for column in (reward, terminated, next_q, next_log_policy))
-    y, targets = next_q[:0], []
-    for r, done, q, log_policy in reversed(list(zip(*columns, strict=True))):  # from the last step to the first
-        y = torch.cat([y, q[len(y) :]])  # each episode starts from its own end
-        soft_value = (1 - td_lambda) * q + td_lambda * y - alpha * log_policy
-        y = r + gamma * soft_value.masked_fill(done, 0)
-        targets.append(y)
-    return torch.cat(targets[::-1])
+    soft_value = next_q.where(batch.last, (1 - td_lambda) * next_q) - alpha * next_log_policy  # last: y_L = Qbar_tot
+    own = reward + gamma * soft_value.masked_fill(terminated, 0)  # (R,) y_t but for gamma lambda y_{t+1}
+    # So y_t = own_t + gamma lambda y_{t+1}: the sum of (gamma lambda)^(k - t) own_k over k >= t, for all steps at once.
+    T, B = len(batch.num_episodes) - 1, batch.num_episodes[0]
+    table = own.new_zeros(T * B).index_copy(0, batch.place, own.masked_fill(~batch.real, 0)).view(T, B)
+    t = torch.arange(T, device=own.device)
+    decay = torch.triu((gamma * td_lambda) ** (t - t.unsqueeze(1)).clamp(min=0).to(own.dtype))  # (T, T)
+    return (decay @ table).flatten()[batch.place]
 
 
 def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -692,18 +710,17 @@ def compute_losses(networks: Networks, batch: Batch, args: Args) -> tuple[torch.
         next_stage1 = target.agent.unroll(inputs, batch.num_episodes)[after].gather(-1, next_action)
         next_q = target.mixer(target.local_q(next_stage1, next_state).squeeze(-1), next_state)  # (R,)
         columns = (batch.reward, batch.terminated, next_q, next_log_policy)
-        num_running = batch.num_episodes[1:]
-        y = td_lambda_targets(*columns, num_running, args.gamma, args.td_lambda, args.alpha)  # (R,)
-        entropy = -(log_policy.exp() * log_policy.masked_fill(~next_mask, 0)).sum((1, 2)).mean()
+        y = td_lambda_targets(*columns, batch, args.gamma, args.td_lambda, args.alpha)  # (R,)
+        entropy = -(log_policy.exp() * log_policy.masked_fill(~next_mask, 0)).sum((1, 2))  # (R,)
 
     td_error = q_tot - y
     weight = torch.where(td_error > 0, args.td_weight, 1.0)
-    loss_q = 0.5 * (weight * td_error.square()).mean()  # the mean is over real steps, not over weights
+    loss_q = 0.5 * batch.mean(weight * td_error.square())  # the mean is over real steps, not over weights
     loss_pi = torch.zeros_like(loss_q)
     if f is not None:  # gradients stop at Q_i and at Q_tot: this loss trains f alone
-        loss_pi = 0.5 * (f(q_i.detach(), state).sum((1, 2)) - q_tot.detach()).square().mean()
-    logs = {"td": loss_q.detach(), "policy": loss_pi.detach(), "q_tot": q_tot.detach().mean(), "entropy": entropy}
-    return loss_q + loss_pi, logs
+        loss_pi = 0.5 * batch.mean((f(q_i.detach(), state).sum((1, 2)) - q_tot.detach()).square())
+    logs = {"td": loss_q.detach(), "policy": loss_pi.detach(), "q_tot": batch.mean(q_tot.detach())}
+    return loss_q + loss_pi, logs | {"entropy": batch.mean(entropy)}
 
 
 def update(networks: Networks, optimizer: torch.optim.Adam, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
@@ -724,6 +741,41 @@ def move_target(networks: Networks, tau: float) -> None:
     """theta-bar <- tau theta + (1 - tau) theta-bar (Algorithm 1); tau = 1 copies."""
     for online, target in zip(networks.critic.parameters(), networks.target.parameters(), strict=True):
         target.lerp_(online, tau)
+
+
+class CUDAGraphs:
+    """Calls function, whose work on the GPU is recorded, and replayed as a whole: one launch instead of hundreds.
+
+    With tensors of new shapes, the first call runs as usual, the second is recorded, and later ones are replayed, their
+    tensors copied into those of the recorded call. So function must launch the same work whatever its tensors hold, and
+    never wait for the GPU, and its other arguments must stay the same. The next call overwrites the result.
+    """
+
+    def __init__(self, function):
+        self.function, self.recorded, self.memory = function, {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, *arguments):
+        groups = (vars(x) if isinstance(x, Batch) else x if isinstance(x, dict) else {"": x} for x in arguments)
+        tensors = [x for group in groups for x in group.values() if isinstance(x, torch.Tensor)]
+        shapes = tuple(x.shape for x in tensors)
+        if shapes not in self.recorded:  # not on the default stream, as PyTorch asks
+            self.recorded[shapes] = None
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if self.recorded[shapes] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.memory):  # records, and computes nothing
+                result = self.function(*arguments)
+            self.recorded[shapes] = graph, tensors, result
+        graph, inputs, result = self.recorded[shapes]
+        for ours, theirs in zip(inputs, tensors, strict=True):
+            ours.copy_(theirs)
+        graph.replay()
+        return result
 
 
 # --- Acting and evaluation --------------------------------------------------------------------------------------------
@@ -931,7 +983,11 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     networks = Networks(env, args).to(device)
     if args.compile:
         compile_networks(networks)
-    optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate, capturable=args.cudagraphs)
+    play, learn = act, update
+    if args.cudagraphs:
+        play, learn = CUDAGraphs(act), CUDAGraphs(update)
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # not recorded at first
     replay = Replay(args.buffer_size, choose_buffer_device(args, env, device))
     recorder = Recorder(env)
     hidden = torch.zeros(args.num_envs, env.num_agents, networks.critic.agent.hidden_size, device=device)
@@ -944,9 +1000,9 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         seconds_before, metrics = saved["seconds"], saved["metrics"]
         write_metrics(run_dir / "metrics.csv", metrics)  # without the rows of what was played and lost after it
         networks.load_state_dict(saved["networks"])
+        for group in saved["optimizer"]["param_groups"]:
+            group |= {"lr": args.learning_rate, "capturable": args.cudagraphs}  # the options may be new ones
         optimizer.load_state_dict(saved["optimizer"])
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate  # the saved state brings its own, the option may be a new one
         env.set_state(to_arrays(saved["env"]))
         recorder.arrays, view = to_arrays(saved["recorder"]), to_arrays(saved["view"])
         hidden, last_action = saved["hidden"].to(device), saved["last_action"].to(device)
@@ -1007,7 +1063,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     while step < args.total_timesteps and not (stop and stop.is_set()):
         # Act in all environments
         recorder.observe(np.arange(args.num_envs), view)
-        last_action, hidden = act(networks, to_tensors(view, device), last_action, hidden, args.alpha)
+        last_action, hidden = play(networks, to_tensors(view, device), last_action, hidden, args.alpha)
         action = last_action.cpu().numpy()
         obs, reward, terminated, truncated, info = env.step(action)
         recorder.act(action, reward, terminated)
@@ -1028,7 +1084,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
             episodes += 1
             writer.add_scalar("charts/episodic_return", episode["reward"].sum(), step)
             if len(replay) >= args.batch_size and episodes % args.episodes_per_update == 0:
-                logs = update(networks, optimizer, replay.sample(args.batch_size, device), args)
+                logs = learn(networks, optimizer, replay.sample(args.batch_size, device, args.cudagraphs), args)
                 updates += 1
                 if not math.isfinite(sum(logs.values())):
                     bar.close()

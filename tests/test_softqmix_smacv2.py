@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import fake_cuda
 import numpy as np
 import pytest
 import torch
@@ -63,13 +64,13 @@ def random_episode(env, length: int, rng, ended=True) -> dict[str, np.ndarray]:
     }
 
 
-def make_batch(env, lengths, rng, dtype=torch.float32, cut_off=()) -> tuple[sq.Batch, list[dict]]:
+def make_batch(env, lengths, rng, dtype=torch.float32, cut_off=(), pad=False) -> tuple[sq.Batch, list[dict]]:
     """A batch of all stored episodes, and these in the batch's order."""
     replay = sq.Replay(len(lengths), CPU)
     episodes = [random_episode(env, n, rng, ended=i not in cut_off) for i, n in enumerate(lengths)]
     for episode in episodes:
         replay.add(episode)
-    batch = replay.sample(len(lengths), CPU)
+    batch = replay.sample(len(lengths), CPU, pad)
     for name in ("obs", "state", "reward"):
         setattr(batch, name, getattr(batch, name).to(dtype))
     return batch, sorted(episodes, key=lambda episode: len(episode["reward"]), reverse=True)
@@ -102,9 +103,11 @@ def explicit_targets(reward, terminated, next_q, next_log_policy) -> list[float]
     return targets
 
 
+@pytest.mark.parametrize("pad", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("ended", [(1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 1, 0)], ids=["terminated", "cut off", "mixed"])
-def test_targets_equal_the_explicit_sum_of_k_step_returns(ended):
+def test_targets_equal_the_explicit_sum_of_k_step_returns(ended, pad):
     lengths = [9, 6, 4, 1]
+    batch, _ = make_batch(SMACv2Sim("zerg_2_vs_2", 1), lengths, np.random.default_rng(0), pad=pad)
     episodes = [torch.randn(3, n, dtype=torch.float64) for n in lengths]
     terminated = [torch.arange(n) == (n - 1 if end else n) for n, end in zip(lengths, ended, strict=True)]
     for episode, end in zip(episodes, ended, strict=True):
@@ -112,26 +115,29 @@ def test_targets_equal_the_explicit_sum_of_k_step_returns(ended):
             episode[1:, -1] = math.nan  # value and entropy of the state after the end: they must not matter
 
     def in_order_of_time(columns):
-        return torch.stack([column[t] for t in range(9) for column in columns if t < len(column)])
+        """In padding, numbers that must not matter, either."""
+        nothing = torch.tensor(math.nan).to(columns[0].dtype)
+        times = range(len(batch.num_episodes) - 1)
+        return torch.stack([c[t] if t < len(c) else nothing for t in times for c in columns if pad or t < len(c)])
 
     reward, next_q, next_log_policy = (in_order_of_time([episode[i] for episode in episodes]) for i in range(3))
-    num_episodes = [sum(n > t for n in lengths) for t in range(9)]
     columns = (reward, in_order_of_time(terminated), next_q, next_log_policy)
-    targets = sq.td_lambda_targets(*columns, num_episodes, GAMMA, LAMBDA, ALPHA)
-    for b, y in enumerate(episode_by_episode(targets, num_episodes)):
+    targets = sq.td_lambda_targets(*columns, batch, GAMMA, LAMBDA, ALPHA)
+    for b, y in enumerate(episode_by_episode(targets, batch.num_episodes[1:])):
         reward, next_q, next_log_policy = episodes[b].nan_to_num().tolist()
         expected = explicit_targets(reward, terminated[b].tolist(), next_q, next_log_policy)
-        torch.testing.assert_close(y.tolist(), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(y[: lengths[b]].tolist(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("flags", [{}, {"use_g": False}, {"use_g": False, "use_f": False}, {"mixer": "vdn"}], ids=str)
-@pytest.mark.parametrize("td_weight", [1.0, 0.1])
-def test_losses_equal_a_loop_over_episodes_and_steps(flags, td_weight, monkeypatch):
+@pytest.mark.parametrize(("td_weight", "pad"), [(1.0, False), (0.1, False), (0.1, True)])
+def test_losses_equal_a_loop_over_episodes_and_steps(flags, td_weight, pad, monkeypatch):
     """Order of time, alignment, masks, gather, means: everything, against cell-by-cell Python."""
     args = small_args("unused", alpha=0.5, td_weight=td_weight, gamma=GAMMA, td_lambda=LAMBDA, **flags)
     networks, env = make_networks(args, torch.float64)
     critic, target, f = networks.critic, networks.target, networks.f
-    batch, episodes = make_batch(env, [3, 17, 5, 5, 30, 1], np.random.default_rng(1), torch.float64, cut_off=(1, 4))
+    lengths = [3, 17, 5, 5, 30, 1]
+    batch, episodes = make_batch(env, lengths, np.random.default_rng(1), torch.float64, cut_off=(1, 4), pad=pad)
     monkeypatch.setattr(sq, "sample_action", lambda log_policy, mask: log_policy.argmax(-1))  # u' without dice
     loss, logs = sq.compute_losses(networks, batch, args)
     assert loss == logs["td"] + logs["policy"]
@@ -170,6 +176,20 @@ def test_losses_equal_a_loop_over_episodes_and_steps(flags, td_weight, monkeypat
     expected = [np.mean(x) for x in (squares_q, squares_pi, q_tots, entropies)]
     got = [logs[name].item() for name in ("td", "policy", "q_tot", "entropy")]
     np.testing.assert_allclose(got, expected, rtol=1e-6)  # the policy is float32 from the logits on
+
+
+def test_padding_changes_no_gradient(monkeypatch):
+    monkeypatch.setattr(sq, "sample_action", lambda log_policy, mask: log_policy.argmax(-1))
+    networks, env = make_networks(args := small_args("unused"), torch.float64)
+    gradients = []
+    for pad in (False, True):
+        batch, _ = make_batch(env, [3, 17, 5, 40], np.random.default_rng(1), torch.float64, cut_off=(1,), pad=pad)
+        assert len(batch.reward) == (4 * 64 if pad else 3 + 17 + 5 + 40)
+        loss = sq.compute_losses(networks, batch, args)[0]
+        parameters = [*networks.critic.parameters(), *networks.f.parameters()]
+        gradients.append([loss, *torch.autograd.grad(loss, parameters)])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)  # the policy is float32 from the logits on
+    assert all(gradient.abs().max() > 1e-6 for gradient in gradients[0])
 
 
 def test_gradients_stop_where_the_paper_says(monkeypatch):
@@ -252,16 +272,17 @@ def test_unrolled_episodes_equal_stepping_cell_by_cell():
             last = torch.tensor(episode["action"][t : t + 1]) if t < len(episode["action"]) else None
 
 
-def test_unrolling_step_by_step_equals_the_packed_gru_of_a_gpu(monkeypatch):
-    """Values and gradients; a GPU's branch is run on the CPU, where nn.GRU takes packed sequences, too."""
+@pytest.mark.parametrize("num_episodes", [[6, 6, 4, 1], [6, 6, 6, 6]], ids=["packed", "equal lengths"])
+def test_unrolling_step_by_step_equals_the_gru_of_a_gpu(monkeypatch, num_episodes):
+    """Values and gradients; a GPU's branches are run on the CPU, where nn.GRU takes packed sequences, too."""
     networks, env = make_networks(small_args("unused"), torch.float64)
     agent = networks.critic.agent
-    x = torch.randn(6 + 6 + 4 + 1, env.num_agents, agent.fc_in.in_features, dtype=torch.float64)
+    x = torch.randn(sum(num_episodes), env.num_agents, agent.fc_in.in_features, dtype=torch.float64)
     results, calls = [], []
     agent.gru.register_forward_hook(lambda *_: calls.append("nn.GRU"))
     for is_cuda in (False, True):
         monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
-        values = agent.unroll(x, [6, 6, 4, 1])
+        values = agent.unroll(x, num_episodes)
         assert len(calls) == is_cuda
         results.append([values, *torch.autograd.grad(values.square().sum(), list(agent.parameters()))])
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
@@ -337,6 +358,25 @@ def test_replay_returns_what_was_stored_through_wrap_around(tmp_path):
         assert all(unsplit.values())
     numbers = sum(tensor.numel() for episode in replay.episodes for tensor in episode.values())
     assert numbers == sum(array.size for episode in [*stored[-4:], another] for array in episode.values())
+
+
+@pytest.mark.parametrize(("lengths", "steps"), [([32, 5, 31], 32), ([33, 1], 64), ([7, 7, 7], 7)], ids=str)
+def test_padding_repeats_an_episodes_last_rows(lengths, steps, monkeypatch):
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # so that the order of episodes of one length is known
+    env = SMACv2Sim("zerg_2_vs_2", 1)
+    batch, episodes = make_batch(env, lengths, np.random.default_rng(0), pad=True)
+    assert batch.num_episodes == [len(lengths)] * (steps + 1)
+    for name in sq.Replay.FIELDS:
+        table = getattr(batch, name).unflatten(0, (-1, len(lengths)))
+        for b, episode in enumerate(episodes):
+            column, rows = table[:, b], torch.from_numpy(episode[name])
+            assert torch.equal(column[: len(rows)], rows)
+            assert torch.equal(column[len(rows) :], rows[-1:].expand_as(column[len(rows) :]))
+    L, t = torch.tensor([len(episode["reward"]) for episode in episodes]), torch.arange(steps).unsqueeze(1)
+    assert torch.equal(batch.real.view(steps, -1), t < L)
+    assert torch.equal(batch.last.view(steps, -1), t == L - 1)
+    assert torch.equal(batch.now, torch.arange(steps * len(lengths)))
+    assert torch.equal(batch.place, batch.now)
 
 
 @pytest.mark.parametrize(("capacity", "kept"), [(3, [6, 7, 8, 9]), (5, [5, 6, 7, 8, 9]), (9, [4, 5, 6, 7, 8, 9])])
@@ -502,6 +542,54 @@ def test_compiled_networks_learn_the_same():
     assert min(moved["critic.g.w1.0.weight"], moved["critic.mixer.w1.0.weight"], moved["f.w.0.weight"]) > 2e-4, moved
 
 
+@pytest.mark.parametrize("device", ["emulated", "cuda"])
+def test_replayed_updates_and_acting_equal_the_usual_ones(device, monkeypatch):
+    """20 updates on batches of two padded sizes, 20 times of acting: the same random numbers, the same results."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if device == "emulated":
+        fake_cuda.install(monkeypatch)
+    device = torch.device("cuda" if device == "cuda" else "cpu")
+    results = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        networks, env = make_networks(args := small_args("unused"))
+        networks.to(device)
+        optimizer = torch.optim.Adam(networks.parameter_groups(), lr=1e-3, capturable=True)
+        play, learn = (sq.CUDAGraphs(sq.act), sq.CUDAGraphs(sq.update)) if graphs else (sq.act, sq.update)
+        rng = np.random.default_rng(0)
+        hidden = torch.zeros(4, env.num_agents, 64, device=device)
+        last_action = torch.full((4, env.num_agents), -1, device=device)
+        logged, actions = [], []
+        for i in range(20):
+            replay = sq.Replay(8, device)
+            for n in [(20, 45)[i % 2], *rng.integers(1, 20, 7)]:
+                replay.add(random_episode(env, int(n), rng))
+            logs = learn(networks, optimizer, replay.sample(8, device, pad=True), args)
+            logged.append(torch.stack(list(logs.values())).tolist())
+            view = {name: value[0] for name, value in sq.to_tensors(random_episode(env, 1, rng), device).items()}
+            view = {name: torch.stack(4 * [view[name]]) for name in sq.Replay.VIEW}
+            last_action, hidden = play(networks, view, last_action, hidden, 0.3)
+            actions.append(last_action.tolist())
+            hidden[i % 4] = 0
+        results.append((logged, actions, {name: value.clone() for name, value in networks.state_dict().items()}))
+    (logged, actions, trained), (logged_again, actions_again, trained_again) = results
+    np.testing.assert_allclose(logged_again, logged, rtol=1e-3)
+    assert actions_again == actions
+    torch.testing.assert_close(trained_again, trained, rtol=1e-3, atol=1e-5)
+    assert len({tuple(row) for row in logged}) == 20
+    if device == CPU:  # of each size, all but the first
+        assert fake_cuda.FakeCUDAGraph.replays == 2 * 9 + 19
+
+
+def test_what_waits_for_the_gpu_cannot_be_recorded(monkeypatch):
+    fake_cuda.install(monkeypatch)
+    recorded = sq.CUDAGraphs(lambda x: x * x.sum().item())
+    recorded(torch.ones(3))
+    with pytest.raises(RuntimeError, match="waits for the GPU"):
+        recorded(torch.ones(3))
+
+
 def test_gradient_norms_are_clipped_separately():
     networks, env = make_networks(args := small_args("unused", max_grad_norm=1e-3))
     before = copy.deepcopy(networks)
@@ -608,7 +696,15 @@ def test_compile_without_a_compiler_gets_one_sentence(monkeypatch, capsys):
     assert code == 2
     assert "--no-compile" in output
     assert len(output.strip().splitlines()) == 1
-    sq.check_args(sq.Args(compile=True, buffer_device="cuda", evaluate="policy.pt"))
+    sq.check_args(sq.Args(compile=True, cudagraphs=True, buffer_device="cuda", evaluate="policy.pt"))
+
+
+@pytest.mark.parametrize("option", [("--cudagraphs",), ("--buffer-device", "cuda")], ids=lambda option: option[0])
+def test_what_needs_a_gpu_says_so_in_one_sentence(monkeypatch, capsys, option):
+    code, output = run_main(monkeypatch, capsys, *option, "--no-cuda")
+    assert code == 2
+    assert output.startswith(f"error: {' '.join(option)} needs a GPU")
+    assert len(output.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "other map", "other network", "other rules"])

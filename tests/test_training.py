@@ -3,6 +3,7 @@
 import copy
 from typing import NamedTuple
 
+import fake_cuda
 import numpy as np
 import pytest
 import torch
@@ -49,6 +50,9 @@ class Clockwork:
     def get_state(self):
         return {"clock": self.clock}
 
+    def set_state(self, state):
+        self.clock = state["clock"].copy()
+
     def close(self):
         pass
 
@@ -60,13 +64,26 @@ class Event(NamedTuple):
     result: object
 
 
-def record(script, run_dir, **changes) -> list[Event]:
-    """Train; returns what happened, in order of completion. Tests are left out: MPE's know Spread's episodes only."""
+def make_args(script, **changes):
     settings = dict(backend="mpe2") if script in MPE else dict(backend="sim")
     settings |= dict(alpha=0.7) if script in SOFT else dict(epsilon_start=0.9, epsilon_finish=0.1)
     settings |= dict(num_envs=E, total_timesteps=E * ITERATIONS, eval_interval=100, checkpoint_interval=150)
     settings |= dict(batch_size=6, buffer_size=200, episodes_per_update=3, target_update_interval=5)
-    settings |= dict(run_dir=str(run_dir)) | ({} if script in SOFT else dict(epsilon_anneal_time=90))
+    settings |= {} if script in SOFT else dict(epsilon_anneal_time=90)
+    return script.Args(**(settings | changes))
+
+
+def train(script, args, listen=lambda name, function: function) -> None:
+    """In the clockwork, without tests: MPE's know Spread's episodes only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "make_env", lambda *_: Clockwork())
+        metrics = dict.fromkeys(("return_mean", "return_std", "return_se", "win_rate"), 0.0)
+        patch.setattr(script, "evaluate", listen("evaluate", lambda *_: metrics))
+        script.train(args)
+
+
+def record(script, run_dir, **changes) -> list[Event]:
+    """Train; returns what happened, in order of completion."""
     events: list[Event] = []
 
     def listen(name, function):
@@ -79,13 +96,10 @@ def record(script, run_dir, **changes) -> list[Event]:
         return wrapper
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "make_env", lambda *_: Clockwork())
-        metrics = dict.fromkeys(("return_mean", "return_std", "return_se", "win_rate"), 0.0)
-        patch.setattr(script, "evaluate", lambda *_: metrics)
-        for name in ("act", "update", "move_target", "evaluate", "save_checkpoint"):
+        for name in ("act", "update", "move_target", "save_checkpoint"):
             patch.setattr(script, name, listen(name, getattr(script, name)))
         patch.setattr(script.Replay, "add", listen("add", script.Replay.add))
-        script.train(script.Args(**(settings | changes)))
+        train(script, make_args(script, run_dir=str(run_dir), **changes), listen)
     return events
 
 
@@ -172,6 +186,26 @@ def test_tensorboard_gets_returns_exploration_and_losses(run):
     assert [scalar.value for scalar in log.Scalars("charts/episodic_return")] == returns
     charts = [scalar.value for scalar in log.Scalars("charts/alpha" if script in SOFT else "charts/epsilon")]
     assert charts == pytest.approx([0.7] * 5 if script in SOFT else [0.9] + [0.1] * 4)
+
+
+@pytest.mark.parametrize("script", SMACV2 + MPE, ids=lambda script: script.__name__)
+def test_training_by_cuda_graphs_is_training(script, tmp_path, monkeypatch):
+    """As if the same padded batches were learnt as usual; and a run can be resumed with the option, or without it."""
+    monkeypatch.setattr(script, "check_args", lambda _: None)  # it would find no GPU
+    fake_cuda.install(monkeypatch)
+    networks = []
+    for name in ("recorded", "as usual"):
+        if name == "as usual":
+            assert fake_cuda.FakeCUDAGraph.replays > 70
+            monkeypatch.setattr(script, "CUDAGraphs", lambda function: function)
+        run_dir, begun = str(tmp_path / name), {}
+        for cudagraphs, iterations in ((False, 40), (True, 110), (False, ITERATIONS)):
+            options = dict(run_dir=run_dir, cudagraphs=cudagraphs, total_timesteps=E * iterations)
+            train(script, make_args(script, **options, **begun))
+            begun = {"resume": run_dir}
+        checkpoint = tmp_path / name / "checkpoints" / str(E * ITERATIONS) / "training.pt"
+        networks.append(torch.load(checkpoint)["networks"])
+    torch.testing.assert_close(*networks, rtol=0, atol=1e-6)
 
 
 class Counter:
