@@ -2,15 +2,17 @@
 
     python benchmarks/learner.py                              # three sizes; fixed, short and long-tailed lengths
     python benchmarks/learner.py --sizes protoss_5_vs_5 --threads 1 --compile --json learner.json
+    python benchmarks/learner.py --compile --cudagraphs       # on a GPU: as usual, compiled, replayed, and both
 
 Sizes: MPE Spread (128 episodes of 25 steps), protoss 5 against 5 (60 steps), protoss 10 against 10 (100 steps). Mixed
 lengths are those of simulator battles under random play; trained ones follow the replay of a run of 500,000 steps,
 whose few long battles make the longest of a batch twice as long as the mean.
 
-Two figures tell how much could be gained: the floating-point operations of all matrix products, counted by PyTorch, at
-the rate measured for one large product; and the bytes that all operations read and write, at the bandwidth measured
-for one large copy (the cache is faster). Each case runs in a process of its own, its parts in turns; the minimum of
---repeats counts. Timings are noisy on shared machines: compare figures of one call only.
+Three figures tell how much could be gained: the floating-point operations of all matrix products, counted by PyTorch,
+at the rate measured for one large product; the bytes that all operations read and write, at the bandwidth measured for
+one large copy (the cache is faster); and the number of operations, each of which takes a few microseconds to launch,
+whatever its size. Each case runs in a process of its own, its parts in turns; the minimum of --repeats counts. Timings
+are noisy on shared machines: compare figures of one call only.
 """
 
 import copy
@@ -34,7 +36,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import softqmix_smacv2 as script
-from benchmarks.options import wrong_json
+from benchmarks.options import wrong_gpu_option, wrong_json
 from smacv2_sim import SMACv2Sim, random_actions
 
 SIZES = {  # fixed length; agents, observation, state, actions
@@ -64,6 +66,8 @@ class Args:
     """use the GPU if there is one"""
     compile: bool = False
     """also time the update as with the scripts' --compile"""
+    cudagraphs: bool = False
+    """also time the update as with the scripts' --cudagraphs"""
     json: str | None = None
     """also write the figures to this file"""
 
@@ -73,7 +77,7 @@ def find_error(args: Args) -> str | None:
     for name, low in (("batch_size", 1), ("repeats", 1), ("threads", 0)):
         if getattr(args, name) < low:
             return f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}."
-    return wrong_json(args.json)
+    return wrong_gpu_option(args) or wrong_json(args.json)
 
 
 def battle_lengths(map_name: str, count: int) -> list[int]:
@@ -105,11 +109,11 @@ def random_replay(env, lengths: list[int], device: torch.device) -> script.Repla
 
 
 class Counter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products, and the bytes that all operations read and write."""
+    """Counts operations, the floating-point ones of matrix products, and the bytes that all of them read and write."""
 
     def __init__(self):
         super().__init__()
-        self.operations = self.bytes = 0
+        self.launches = self.operations = self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -117,6 +121,7 @@ class Counter(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             self.operations += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         if not func.is_view:
+            self.launches += 1
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return result
@@ -182,13 +187,21 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: f
         "  g, chosen, forward and backward": lambda: g(chosen, batch.state[now]).sum().backward(),
         "  mixer, forward and backward": lambda: mixer(chosen.squeeze(-1), batch.state[now]).sum().backward(),
     }
+
+    def variant(compiled: bool, cudagraphs: bool):
+        own = copy.deepcopy(networks)
+        if compiled:
+            script.compile_networks(own)
+        adam = torch.optim.Adam(own.parameter_groups(), lr=options.learning_rate, capturable=cudagraphs)
+        learn = script.CUDAGraphs(script.update) if cudagraphs else script.update
+        return lambda: learn(own, adam, replay.sample(args.batch_size, device, cudagraphs), options)
+
     if args.compile:
-        compiled = copy.deepcopy(networks)
-        script.compile_networks(compiled)
-        adam = torch.optim.Adam(compiled.parameter_groups(), lr=options.learning_rate)
-        parts["update, compiled"] = lambda: script.update(
-            compiled, adam, replay.sample(args.batch_size, device), options
-        )
+        parts["update, compiled"] = variant(True, False)
+    if args.cudagraphs:
+        parts["update, CUDA graphs"] = variant(False, True)
+    if args.compile and args.cudagraphs:
+        parts["update, compiled, CUDA graphs"] = variant(True, True)
     row = measure(device, args.repeats, parts)
     # PyTorch does not count cuDNN's GRU: two products with 3 H x H weights per cell; forward twice (online, target),
     # and backward at twice the cost of one forward.
@@ -196,6 +209,7 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: f
     recurrent = 4 * cells * 2 * (2 * 3 * hidden * hidden) if device.type == "cuda" else 0
     row["matrix products at full speed"] = 1000 * (counter.operations + recurrent) / 1e9 / rate
     row["memory traffic, nothing cached"] = 1000 * counter.bytes / 1e9 / bandwidth
+    row["operations"] = counter.launches
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     row["peak memory, MB"] = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak
     return row
@@ -231,7 +245,8 @@ def main() -> int:
             results.append({"size": size, "lengths": kind, "steps": sum(lengths), "longest": max(lengths), **row})
             print(f"\n{size}, {kind} lengths: {sum(lengths)} steps, the longest battle {max(lengths)}")
             for part, value in row.items():
-                print(f"  {part:36}{value:9.1f}{'' if 'MB' in part else ' ms'}", flush=True)
+                unit = "" if "MB" in part or part == "operations" else " ms"
+                print(f"  {part:36}{value:9.1f}{unit}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({**about, "results": results}, indent=2))
     return 0

@@ -22,3 +22,12 @@ def wrong_json(path: str | None) -> str | None:
     except OSError as error:
         return f"--json {path} cannot be written ({error.strerror}): choose another file."
     return None
+
+
+def wrong_gpu_option(args) -> str | None:
+    """Whether CUDA graphs are asked for where there is no GPU."""
+    import torch  # not above, for the same reason
+
+    if args.cudagraphs and not (args.cuda and torch.cuda.is_available()):
+        return "--cudagraphs needs a GPU that PyTorch can use, and --cuda: leave it out."
+    return None

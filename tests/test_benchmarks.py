@@ -98,6 +98,7 @@ def test_runner_names_a_summary_that_it_cannot_read(tmp_path, monkeypatch, capsy
         *[(training, line) for line in ("--maps foo", "--levels foo", "--num-envs 4 0", "--threads -1")],
         *[(training, line) for line in ("--seconds nan", "--seconds 0", "--warm-up inf")],
         *[(learner, line) for line in ("--batch-size 0", "--threads -1", "--repeats 0")],
+        *[(module, "--no-cuda --cudagraphs") for module in (training, learner)],
         *[(module, "--json /dev/null/x") for module in (simulator, training, learner)],
     ],
     ids=lambda value: getattr(value, "__name__", value),
