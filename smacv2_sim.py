@@ -53,7 +53,9 @@ import numba
 import numpy as np
 from numba import njit
 
-kernel = njit(cache=True, error_model="numpy")  # kept between runs; no check for division by zero, no fastmath
+allocating_kernel = njit(cache=True, error_model="numpy")  # kept between runs; no check for division by 0, no fastmath
+# Most kernels make no array, so that numba need not count who refers to one: its atomic counters took half of the time.
+kernel = njit(cache=True, error_model="numpy", _nrt=False)
 
 SIMULATOR_VERSION = "1"  # changes whenever the same seed and actions may give another battle
 
@@ -351,7 +353,7 @@ def seed_battles(battles, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@allocating_kernel
 def draw_team(battle, rules, types):
     """Fill `types` (n,) with independent draws; again, if all are the exception (SMACv2 package, weighted_teams)."""
     if len(types) == 0:
@@ -367,7 +369,7 @@ def draw_team(battle, rules, types):
             return
 
 
-@kernel
+@allocating_kernel
 def draw_battle(battle, rules, types, points):
     """Draw both teams and where they ask to stand (SMACv2 package, weighted_teams and surrounded_and_reflect).
 
@@ -488,7 +490,7 @@ def clear_battle(e, world):
     world.first_row[e] = 0
 
 
-@kernel
+@allocating_kernel
 def spawn_battle(e, world, rules):
     """Start a new battle e. Agents are sorted by (type, x, y), enemies keep their order (SMACv2 package)."""
     units, battle, table = world.units[e], world.battles[e], rules.table
@@ -677,11 +679,11 @@ def find_bodies(units, i, table, N, stride, bodies):
 
 
 @kernel
-def is_free(units, i, table, bodies, x, y):
-    """Would unit i at (x, y) be no deeper in any of these bodies than it is now?"""
+def is_free(units, i, table, bodies, count, x, y):
+    """Would unit i at (x, y) be no deeper in any of the first `count` bodies than it is now?"""
     me = units[i]
-    for j in bodies:
-        b = units[j]
+    for k in range(count):
+        b = units[bodies[k]]
         gap = table[me.type].separation + table[b.type].separation
         square = (b.x - x) ** 2 + (b.y - y) ** 2
         if square < gap * gap and square < (b.x - me.x) ** 2 + (b.y - me.y) ** 2:
@@ -709,7 +711,7 @@ def walk(units, i, table, N, bodies, x, y, stop_at):
     dx, dy = dx / away * stride, dy / away * stride
     count = find_bodies(units, i, table, N, stride, bodies) if me.bumped or me.side != 0 else 0
     me.bumped = 0
-    if is_free(units, i, table, bodies[:count], me.x + dx, me.y + dy):
+    if is_free(units, i, table, bodies, count, me.x + dx, me.y + dy):
         me.side = 0
         me.moving = 1
         me.x += dx
@@ -723,7 +725,7 @@ def walk(units, i, table, N, bodies, x, y, stop_at):
         for side in (1, -1):
             if me.side != -side:
                 turned_x, turned_y = dx * cosine - dy * sine * side, dx * sine * side + dy * cosine
-                if is_free(units, i, table, bodies[:count], me.x + turned_x, me.y + turned_y):
+                if is_free(units, i, table, bodies, count, me.x + turned_x, me.y + turned_y):
                     me.side = side
                     me.moving = 1
                     me.x += turned_x
@@ -919,7 +921,7 @@ def bury_dead(units, table, N):
                     again = True
 
 
-@kernel
+@allocating_kernel
 def play_loop(units, table, battle, N):
     """Advance a battle by one loop. Who dies in it still acts in it: both sides can fall together."""
     for i in range(len(units)):
@@ -1001,7 +1003,7 @@ def give_order(units, i, action, rules):
         me.order_y = clamp(me.y + MOVE_AMOUNT * ((action == NORTH) - (action == SOUTH)), radius)
 
 
-@kernel
+@allocating_kernel
 def update_wipe(e, world, rules):
     """Bookkeeping of the package's row wipe (since June 2023), before each observation.
 
@@ -1153,7 +1155,7 @@ def judge(units, rules):
     return allies == 0 and enemies == 0, False
 
 
-@kernel
+@allocating_kernel
 def step_battle(e, world, rules, actions, new, final, outcome):
     """Play one env step of battle e; where it ends, write the `final` views and start the next battle."""
     units, battle = world.units[e], world.battles[e]
@@ -1207,7 +1209,7 @@ def step_battles(first, last, world, rules, actions, new, final, outcome):
         step_battle(e, world, rules, actions, new, final, outcome)
 
 
-@kernel
+@allocating_kernel
 def spawn_all(world, rules, set_scale):
     """Start a new battle everywhere; `set_scale` lets the first one fix the reward scale."""
     for e in range(len(world.battles)):
