@@ -680,8 +680,8 @@ def td_lambda_targets(
     The entropy of s_{t+1} enters once, beside both terms. Nothing follows a terminated step.
     """
     soft_value = next_q.where(batch.last, (1 - td_lambda) * next_q) - alpha * next_log_policy  # last: y_L = Qbar_tot
-    own = reward + gamma * soft_value.masked_fill(terminated, 0)  # (R,) y_t but for gamma lambda y_{t+1}
-    # So y_t = own_t + gamma lambda y_{t+1}: the sum of (gamma lambda)^(k - t) own_k over k >= t, for all steps at once.
+    own = reward + gamma * soft_value.masked_fill(terminated, 0)  # (R,) what step t itself adds to y_t
+    # So y_t = own_t + gamma lambda y_{t+1}: the sum of (gamma lambda)^(k - t) own_k over k >= t, as one product.
     T, B = len(batch.num_episodes) - 1, batch.num_episodes[0]
     table = own.new_zeros(T * B).index_copy(0, batch.place, own.masked_fill(~batch.real, 0)).view(T, B)
     t = torch.arange(T, device=own.device)
@@ -752,23 +752,23 @@ class CUDAGraphs:
     """
 
     def __init__(self, function):
-        self.function, self.recorded, self.memory = function, {}, torch.cuda.graph_pool_handle()
+        self.function, self.recorded = function, {}
+        self.stream, self.memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, *arguments):
         groups = (vars(x) if isinstance(x, Batch) else x if isinstance(x, dict) else {"": x} for x in arguments)
         tensors = [x for group in groups for x in group.values() if isinstance(x, torch.Tensor)]
         shapes = tuple(x.shape for x in tensors)
-        if shapes not in self.recorded:  # not on the default stream, as PyTorch asks
+        if shapes not in self.recorded:
             self.recorded[shapes] = None
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # on the stream that will record
                 result = self.function(*arguments)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.recorded[shapes] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory):  # records, and computes nothing
+            with torch.cuda.graph(graph, self.memory, self.stream):  # computes nothing
                 result = self.function(*arguments)
             self.recorded[shapes] = graph, tensors, result
         graph, inputs, result = self.recorded[shapes]

@@ -70,7 +70,7 @@ def install(monkeypatch) -> None:
     """Put it in the place of torch.cuda's, and let Adam be recorded on a CPU."""
     monkeypatch.setattr(FakeCUDAGraph, "replays", 0)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeCUDAGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)

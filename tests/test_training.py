@@ -208,6 +208,29 @@ def test_training_by_cuda_graphs_is_training(script, tmp_path, monkeypatch):
     torch.testing.assert_close(*networks, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("pad", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("replay_device", ["cpu", "meta"])
+@pytest.mark.parametrize("script", SMACV2, ids=lambda script: script.__name__)
+def test_nothing_is_computed_on_another_device(script, replay_device, pad):
+    """Updates and acting on the meta device, which as a GPU does refuses to compute with a CPU's tensors."""
+    device, args, env = torch.device("meta"), script.Args(tau=0.5), Clockwork()
+    script.check_args(args)
+    networks = script.Networks(env, args).to(device)
+    optimizer = torch.optim.Adam(networks.parameter_groups())
+    replay = script.Replay(E, torch.device(replay_device))
+    for length in LENGTHS:
+        rows = dict.fromkeys(replay.VIEW, length + 1) | dict.fromkeys(replay.FIELDS[len(replay.VIEW) :], length)
+        shapes = {"obs": (2, 1), "state": (1,), "mask": (2, 3), "action": (2,), "reward": (), "terminated": ()}
+        kinds = {"mask": bool, "terminated": bool, "action": np.int64}
+        replay.add({name: np.ones((n, *shapes[name]), kinds.get(name, np.float32)) for name, n in rows.items()})
+    batch = replay.sample(E, device, pad)
+    logs = script.update(networks, optimizer, batch, args)
+    view = {name: getattr(batch, name)[:E] for name in replay.VIEW}
+    exploration = torch.ones((), device=device) if script not in SOFT else args.alpha
+    action, hidden = script.act(networks, view, batch.action[:E], torch.zeros(E, 2, 64, device=device), exploration)
+    assert {x.device for x in (action, hidden, *logs.values())} == {device}
+
+
 class Counter:
     """An agent that remembers how many steps it has made."""
 
