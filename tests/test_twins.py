@@ -32,7 +32,7 @@ PAIRS = [("qmix_smacv2.py", "softqmix_smacv2.py"), ("qmix_mpe.py", "softqmix_mpe
 # What the SMACv2 and the MPE scripts share.
 SHARED = {
     "InputError", "Agent", "hypernetwork", "Mixer", "VDNMixer", "compile_networks", "greedy_action", "Batch", "Replay",
-    "td_lambda_targets", "compute_losses", "update", "move_target", "act", "write_file", "write_metrics",
+    "td_lambda_targets", "compute_losses", "update", "move_target", "CUDAGraphs", "act", "write_file", "write_metrics",
     "save_checkpoint", "load_file", "checkpoint_folder", "policy_file", "to_tensors", "to_arrays",
 }  # fmt: skip
 
