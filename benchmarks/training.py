@@ -127,7 +127,8 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
             updates += 1
             now = time.perf_counter()
             warm = now > began + args.warm_up and (stored == options.buffer_size or not args.full_replay)
-            if now > marks[0][0] + args.seconds if marks else warm:
+            due = now > marks[0][0] + args.seconds if marks else warm
+            if due and not stop.is_set():  # more updates can follow in the same step
                 marks.append((now, time.process_time(), steps, updates, *spent.values()))
                 if len(marks) == 2:
                     stop.set()

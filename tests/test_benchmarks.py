@@ -117,3 +117,16 @@ def test_simulator_names_an_unknown_map():
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: unknown map 'foo'")
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_training_is_measured_when_many_updates_follow_one_step(tmp_path):
+    """All 64 episodes of Spread end at once, and 16 updates follow."""
+    options = "--scripts qmix_mpe --num-envs 64 --seconds 1 --warm-up 0 --threads 1 --no-cuda --json"
+    command = [sys.executable, ROOT / "benchmarks" / "training.py", *options.split(), tmp_path / "training.json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    (row,) = json.loads((tmp_path / "training.json").read_text())["results"]
+    assert row["seconds"] >= 1
+    assert row["steps/s"] == pytest.approx(row["steps"] / row["seconds"])
+    assert row["updates"] >= 1
+    assert sum(row["percent"].values()) == pytest.approx(100)
