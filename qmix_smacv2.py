@@ -34,7 +34,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -698,11 +697,11 @@ def epsilon_greedy(stage1: torch.Tensor, mask: torch.Tensor, epsilon: float | to
 
 @dataclass
 class Batch:
-    """B episodes in order of time, without padding: M rows with t = 0..L, of which R have t < L.
+    """B episodes of L steps each in order of time, without padding: M rows with t = 0..L, of which R have t < L.
 
     First the rows t = 0 of all episodes, the longest first, then the rows t = 1 of those that have one, and so on. So
-    the row that follows the i-th of the R rows is row B + i of the M rows. Padded, every episode is made as long as the
-    longest by repeating its last rows, which then count for nothing.
+    the row that follows the i-th of the R rows is row B + i of the M rows. For CUDA graphs there is padding after all:
+    every episode repeats its last rows to one common length L, and `real` says which of the R rows count.
     """
 
     obs: torch.Tensor  # (M, N, O)
@@ -713,8 +712,8 @@ class Batch:
     terminated: torch.Tensor  # (R,) ended for good here: no bootstrap
     now: torch.Tensor  # (R,) which of the M rows have t < L
     place: torch.Tensor  # (R,) t * B + the episode's number: where the row is in a table (T, B)
-    last: torch.Tensor  # (R,) t = L - 1
-    real: torch.Tensor  # (R,) t < L: False in padding
+    last: torch.Tensor  # (R,) the episode's own last step
+    real: torch.Tensor  # (R,) False in padding
     num_episodes: list[int]  # with L >= t, for each t: B, B, then fewer and fewer; padded: always B
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -904,7 +903,8 @@ class CUDAGraphs:
 
     With tensors of new shapes, the first call runs as usual, the second is recorded, and later ones are replayed, their
     tensors copied into those of the recorded call. So function must launch the same work whatever its tensors hold, and
-    never wait for the GPU, and its other arguments must stay the same. The next call overwrites the result.
+    never wait for the GPU. What is not a tensor is recorded as it was, alpha and the learning rate too: what is to
+    change between calls must be a tensor. The next call overwrites result and gradients.
     """
 
     def __init__(self, function):
@@ -1172,6 +1172,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
 
     # Networks, replay, environments
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args, args.num_envs, args.seed, backend), None
     networks = Networks(env, args).to(device)
@@ -1181,7 +1182,6 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     play, learn = act, update
     if args.cudagraphs:
         play, learn = CUDAGraphs(act), CUDAGraphs(update)
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # not recorded at first
     replay = Replay(args.buffer_size, choose_buffer_device(args, env, device))
     recorder = Recorder(env)
     hidden = torch.zeros(args.num_envs, env.num_agents, networks.critic.agent.hidden_size, device=device)
@@ -1269,7 +1269,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     while step < args.total_timesteps and not (stop and stop.is_set()):
         # Act in all environments
         recorder.observe(np.arange(args.num_envs), view)
-        epsilon = torch.tensor(epsilon_at(step, args), device=device)
+        epsilon = torch.tensor(epsilon_at(step, args), device=device)  # a tensor, for CUDA graphs
         last_action, hidden = play(networks, to_tensors(view, device), last_action, hidden, epsilon)
         action = last_action.cpu().numpy()
         try:
@@ -1363,6 +1363,7 @@ def evaluate_policy(args: Args) -> dict:
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     stop = threading.Event()
+    threading.excepthook = lambda _: None  # TensorBoard's thread fails on a full disk: train() is told, too
 
     def stop_soon(signum, frame):
         print("\nStopping after this step or test; once more stops at once.", file=sys.stderr)
@@ -1393,7 +1394,9 @@ def main() -> int:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise  # on a CPU PyTorch says it in words only
         print(f"error: out of memory; lower --num-envs, --batch-size or --buffer-size. ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:

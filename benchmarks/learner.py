@@ -155,6 +155,7 @@ def machine_limits(device: torch.device, threads: int) -> tuple[float, float]:
 def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: float, bandwidth: float) -> dict:
     """Milliseconds of an update and of its parts, what they could be, and the memory they take."""
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # as in training
     options = script.Args(batch_size=args.batch_size, alpha=0.03)
     replay = random_replay(env, lengths, device)
     networks = script.Networks(env, options).to(device)
@@ -189,7 +190,7 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: f
     }
 
     def variant(compiled: bool, cudagraphs: bool):
-        own = copy.deepcopy(networks)
+        own = copy.deepcopy(networks).to(device)  # to(): a copied GRU's weights lie scattered otherwise
         if compiled:
             script.compile_networks(own)
         adam = torch.optim.Adam(own.parameter_groups(), lr=options.learning_rate, capturable=cudagraphs)
@@ -199,6 +200,9 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: f
     if args.compile:
         parts["update, compiled"] = variant(True, False)
     if args.cudagraphs:
+        parts["update, padded"] = lambda: script.update(
+            networks, optimizer, replay.sample(args.batch_size, device, pad=True), options
+        )
         parts["update, CUDA graphs"] = variant(False, True)
     if args.compile and args.cudagraphs:
         parts["update, compiled, CUDA graphs"] = variant(True, True)

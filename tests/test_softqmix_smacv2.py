@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -542,11 +543,35 @@ def test_compiled_networks_learn_the_same():
     assert min(moved["critic.g.w1.0.weight"], moved["critic.mixer.w1.0.weight"], moved["f.w.0.weight"]) > 2e-4, moved
 
 
-@pytest.mark.parametrize("device", ["emulated", "cuda"])
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["of different lengths", "of one length", "padded"])
+def test_a_gpu_computes_the_losses_and_gradients_of_a_cpu(kind, monkeypatch):
+    """On a batch of the usual size, with its best action as u', since the devices' random numbers differ."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(sq, "sample_action", sq.greedy_action)
+    networks, env = make_networks(args := small_args("unused", map="protoss_5_vs_5", alpha=0.3))
+    rng = np.random.default_rng(0)
+    lengths = [60] * 128 if kind == "of one length" else rng.integers(20, 100, 128).tolist()
+    results = []
+    for device in (CPU, torch.device("cuda")):
+        replay = sq.Replay(128, device)
+        for i, n in enumerate(lengths):
+            replay.add(random_episode(env, n, np.random.default_rng(i)))
+        torch.manual_seed(0)  # the same order of episodes
+        batch = replay.sample(128, device, pad=kind == "padded")
+        networks.zero_grad()
+        loss, logs = sq.compute_losses(networks.to(device), batch, args)
+        loss.backward()
+        gradients = {name: p.grad.cpu() for name, p in networks.named_parameters() if p.grad is not None}
+        results.append(gradients | {name: value.cpu() for name, value in logs.items()})
+    assert results[0].keys() > {"critic.agent.gru.weight_hh_l0", "critic.g.w1.0.weight", "f.w.0.weight", "td"}
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_replayed_updates_and_acting_equal_the_usual_ones(device, monkeypatch):
     """20 updates on batches of two padded sizes, 20 times of acting: the same random numbers, the same results."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     if device == "emulated":
         fake_cuda.install(monkeypatch)
     device = torch.device("cuda" if device == "cuda" else "cpu")
@@ -797,16 +822,28 @@ def test_a_game_lost_for_good_during_a_test_costs_no_steps(tmp_path, monkeypatch
     assert len(set(tests[:3])) == 3  # each test has battles of its own
 
 
-def test_running_out_of_memory_gets_one_sentence(tmp_path, monkeypatch, capsys):
-    def update(*_):
-        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+def too_much_for_a_gpu():
+    raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(sq, "update", update)
+
+@pytest.mark.parametrize("allocate", [too_much_for_a_gpu, lambda: torch.empty(10**15), lambda: np.empty(10**15)])
+def test_running_out_of_memory_gets_one_sentence(allocate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sq, "update", lambda *_: allocate())
     options = ["--run-dir", tmp_path / "run", "--total-timesteps", 2000, "--batch-size", 2, "--eval-episodes", 2]
     code, output = run_main(monkeypatch, capsys, *options)
     assert code == 1
     assert "error: out of memory; lower --num-envs" in output
     assert "Traceback" not in output
+
+
+def test_other_errors_of_pytorch_are_not_hidden(tmp_path, monkeypatch, capsys):
+    def update(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sq, "update", update)
+    options = ["--run-dir", tmp_path / "run", "--total-timesteps", 2000, "--batch-size", 2, "--eval-episodes", 2]
+    with pytest.raises(RuntimeError, match="illegal"):
+        run_main(monkeypatch, capsys, *options)
 
 
 def test_options_of_a_resumed_run_default_to_its_own(finished_run, tmp_path, monkeypatch, capsys):
@@ -846,6 +883,20 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_intact(finished_run, tmp_pa
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["400"]
     assert (tmp_path / "run" / "checkpoints" / "400" / "replay.pt").exists()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", ["softqmix_smacv2", "qmix_mpe"])
+def test_a_full_disk_gets_one_sentence_where_tensorboard_writes(script, tmp_path):
+    """No file may grow beyond 8,000 bytes, which TensorBoard's is the first to do."""
+    options = {"softqmix_smacv2": ["--map", "terran_3_vs_2"], "qmix_mpe": ["--level", "simple"]}[script]
+    options += ["--run-dir", tmp_path / "run", "--eval-episodes", "2", "--batch-size", "5000"]
+    run = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py", *options], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)),
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "error: [Errno 27] File too large" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):

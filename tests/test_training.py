@@ -188,24 +188,28 @@ def test_tensorboard_gets_returns_exploration_and_losses(run):
     assert charts == pytest.approx([0.7] * 5 if script in SOFT else [0.9] + [0.1] * 4)
 
 
+@pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("script", SMACV2 + MPE, ids=lambda script: script.__name__)
-def test_training_by_cuda_graphs_is_training(script, tmp_path, monkeypatch):
+def test_training_by_cuda_graphs_is_training(script, device, tmp_path, monkeypatch):
     """As if the same padded batches were learnt as usual; and a run can be resumed with the option, or without it."""
-    monkeypatch.setattr(script, "check_args", lambda _: None)  # it would find no GPU
-    fake_cuda.install(monkeypatch)
-    networks = []
+    if device == "emulated":
+        monkeypatch.setattr(script, "check_args", lambda _: None)  # it would find no GPU
+        fake_cuda.install(monkeypatch)
+    networks, record = [], script.CUDAGraphs
     for name in ("recorded", "as usual"):
-        if name == "as usual":
-            assert fake_cuda.FakeCUDAGraph.replays > 70
-            monkeypatch.setattr(script, "CUDAGraphs", lambda function: function)
+        monkeypatch.setattr(script, "CUDAGraphs", record if name == "recorded" else lambda function: function)
         run_dir, begun = str(tmp_path / name), {}
         for cudagraphs, iterations in ((False, 40), (True, 110), (False, ITERATIONS)):
             options = dict(run_dir=run_dir, cudagraphs=cudagraphs, total_timesteps=E * iterations)
             train(script, make_args(script, **options, **begun))
             begun = {"resume": run_dir}
-        checkpoint = tmp_path / name / "checkpoints" / str(E * ITERATIONS) / "training.pt"
-        networks.append(torch.load(checkpoint)["networks"])
-    torch.testing.assert_close(*networks, rtol=0, atol=1e-6)
+        checkpoint = tmp_path / name / "checkpoints" / str(E * ITERATIONS)
+        networks.append(torch.load(checkpoint / "training.pt", map_location="cpu")["networks"])
+        policy = torch.load(checkpoint / "policy.pt", weights_only=True)
+        assert {value.device.type for value in policy["agent"].values()} == {"cpu"}
+    torch.testing.assert_close(*networks, rtol=0, atol=1e-6 if device == "emulated" else 1e-3)
+    if device == "emulated":
+        assert fake_cuda.FakeCUDAGraph.replays > 70
 
 
 @pytest.mark.parametrize("pad", [False, True], ids=["", "padded"])
