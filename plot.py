@@ -28,7 +28,7 @@ T95 = [np.nan, np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 NEUTRAL = {
     "exp_name", "map", "level", "backend", "seed", "run_dir", "resume", "evaluate", "cuda", "torch_deterministic",
     "total_timesteps", "buffer_device", "checkpoint_interval", "checkpoint_replay", "save_replay", "check_env",
-    "capture_video", "compile",
+    "capture_video", "compile", "cudagraphs",
 }  # fmt: skip
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 

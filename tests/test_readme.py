@@ -38,7 +38,9 @@ def python_example(document: str) -> str:
 
 
 def test_the_policy_example_plays_a_battle(tmp_path, monkeypatch, capsys):
-    args = softqmix_smacv2.Args(map="zerg_2_vs_2", total_timesteps=8, eval_episodes=2, run_dir=str(tmp_path))
+    args = softqmix_smacv2.Args(
+        map="zerg_2_vs_2", total_timesteps=8, eval_episodes=2, run_dir=str(tmp_path / "runs/NAME")
+    )
     softqmix_smacv2.train(args)
     monkeypatch.chdir(tmp_path)
     exec(python_example("README.md"), {})
