@@ -135,7 +135,8 @@ def check_args(args: Args) -> None:
     for name in (at_least_one + " eval_interval eval_episodes checkpoint_interval").split():
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
-    for name, low, high in (("td_lambda", 0, 1), ("gamma", 0, 1), ("seed", 0, 2**31 - 1)):
+    within = (("td_lambda", 0, 1), ("gamma", 0, 1), ("seed", 0, 2**31 - 1))
+    for name, low, high in within:
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [{low}, {high}].")
     for name, high in (("alpha", 1e6), ("learning_rate", 1e6), ("max_grad_norm", math.inf), ("tau", 1)):
