@@ -17,6 +17,7 @@ import io
 import json
 import math
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -423,11 +424,17 @@ def train(args: Args) -> dict:
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)  # the matrices are tiny: more threads would only wait for each other
+    threading.excepthook = lambda _: None  # TensorBoard's thread fails on a full disk: train() is told, too
     try:
         train(args)
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise  # PyTorch says it in words only
+        print(f"error: out of memory; lower --num-seeds, --batch-size or --buffer-size. ({error})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -216,6 +216,23 @@ def run_script(monkeypatch, script, *options) -> int:
 
 
 @both
+@pytest.mark.parametrize("allocate", [lambda _: torch.empty(10**15), lambda _: np.empty(10**15)])
+def test_running_out_of_memory_gets_one_sentence(script, allocate, monkeypatch, capsys):
+    monkeypatch.setattr(script, "train", allocate)
+    monkeypatch.setattr(sys, "argv", [script.__name__])
+    assert script.main() == 1
+    assert capsys.readouterr().err.startswith("error: out of memory; lower --num-seeds")
+
+
+@both
+def test_other_errors_of_pytorch_are_not_hidden(script, monkeypatch):
+    monkeypatch.setattr(script, "train", lambda _: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(sys, "argv", [script.__name__])
+    with pytest.raises(RuntimeError, match="size"):
+        script.main()
+
+
+@both
 def test_from_the_command_line(script, tmp_path):
     """Defaults, but 1,000 games (after 500 the outcome hardly changes): optimum with the weight, mostly not without."""
     command = [sys.executable, f"{script.__name__}.py", "--run-dir", str(tmp_path), "--total-timesteps", "1000"]

@@ -885,11 +885,18 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_intact(finished_run, tmp_pa
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("script", ["softqmix_smacv2", "qmix_mpe"])
-def test_a_full_disk_gets_one_sentence_where_tensorboard_writes(script, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("softqmix_smacv2", "--map terran_3_vs_2 --eval-episodes 2 --batch-size 5000"),
+        ("qmix_mpe", "--level simple --eval-episodes 2 --batch-size 5000"),
+        ("softqmix_matrix", "--num-seeds 2 --eval-interval 4 --batch-size 4"),
+        ("qmix_matrix", "--num-seeds 2 --eval-interval 4 --batch-size 4"),
+    ],
+)
+def test_a_full_disk_gets_one_sentence_where_tensorboard_writes(script, options, tmp_path):
     """No file may grow beyond 8,000 bytes, which TensorBoard's is the first to do."""
-    options = {"softqmix_smacv2": ["--map", "terran_3_vs_2"], "qmix_mpe": ["--level", "simple"]}[script]
-    options += ["--run-dir", tmp_path / "run", "--eval-episodes", "2", "--batch-size", "5000"]
+    options = ["--run-dir", tmp_path / "run", *options.split()]
     run = subprocess.run(
         [sys.executable, ROOT / f"{script}.py", *options], capture_output=True, text=True, timeout=120, cwd=ROOT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)),
