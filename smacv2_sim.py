@@ -37,7 +37,8 @@ Not modelled: the game's own path finding and crowd steering (ours only looks at
 firing arcs; a unit's call for help to idle friends; re-targeting by an enemy that has an order (the map script has
 none either). Assumed, because neither the package nor the catalogue settles it: a shot broken off during wind-up leaves
 the weapon ready; missiles never miss a living target and outlive their shooter; a colossus' beam and a zealot's second
-hit end with their owner; a medivac follows its patient even at full health; units meet splash with their edge.
+hit end with their owner; a medivac follows its patient even at full health; units meet splash with their edge;
+each stage of an attack (wind-up, flight, beam, second hit) rounds up to whole loops and carries no fraction over.
 """
 
 import functools

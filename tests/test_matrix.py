@@ -188,6 +188,89 @@ def test_batched_seeds_equal_seeds_trained_one_by_one(script, float64):
     assert (moved.flatten(1).abs().amax(1) > 1e-3).all()
 
 
+@both
+def test_replay_holds_the_last_games_and_updates_see_games_that_were_played_only(script, monkeypatch):
+    """6 games at a time into room for 14; the first update comes with the 12th game."""
+    played, batches = [], []
+    act, compute_losses = script.act, script.compute_losses
+    monkeypatch.setattr(script, "act", lambda *arguments: played.append(act(*arguments)) or played[-1])
+    monkeypatch.setattr(
+        script, "compute_losses", lambda *arguments: batches.append(arguments) or compute_losses(*arguments)
+    )
+    learners = make_seeds(script, payoff=WIDE, num_envs=6, batch_size=12, buffer_size=14)
+    for round_ in range(1, 6):
+        learners.advance()
+        assert len(batches) == round_ - 1
+        games = learners.game.joint(torch.cat(played, dim=1))[:, -14:]
+        if round_ == 1:
+            continue
+        assert torch.equal(learners.replay[:, : games.shape[1]].sort().values, games.sort().values)
+        _, joint, reward, td_weight = batches[-1]
+        assert joint.shape == (3, 12)
+        assert all(set(ours) <= set(theirs) for ours, theirs in zip(joint.tolist(), games.tolist(), strict=True))
+        assert torch.equal(reward, learners.game.payoff.flatten()[joint])
+        assert torch.equal(td_weight, learners.td_weight)
+
+
+@both
+def test_updates_see_nothing_of_games_yet_to_come(script):
+    """Room is left in the replay; its zeros, which would mean the first joint action, are never drawn."""
+    learners = make_seeds(script, num_envs=8, batch_size=8, buffer_size=5000)
+    learners.replay += 10**6  # no joint action: an update that drew it would fail
+    for _ in range(5):
+        learners.advance()
+    assert (learners.replay[:, :40] < 9).all()
+
+
+@both
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e9], ids=["clipped", "whole"])
+def test_every_update_follows_the_gradient_of_its_own_batch(script, max_grad_norm, float64):
+    """In a game of one cell every batch is the same: L_Q and L_pi of the first pass, clipped for each by itself."""
+    learners = make_seeds(script, payoff=((5.0,),), batch_size=8, learning_rate=0.0, max_grad_norm=max_grad_norm)
+    values, cells = learners.values(), torch.zeros(3, 8, dtype=torch.long)
+    loss = sum(script.compute_losses(values, cells, cells + 5.0, learners.td_weight).values()).sum()
+    names, parameters = zip(*learners.parameters.items(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    for is_f in (False, True):
+        group = [name for name in names if name.startswith("f.") == is_f]
+        norm = sum(expected[name].flatten(1).square().sum(1) for name in group) ** 0.5 if group else None  # (K,)
+        for name in group:
+            expected[name] *= (max_grad_norm / norm).clamp(max=1).view(-1, *[1] * (expected[name].ndim - 1))
+    for _ in range(3):
+        advance(learners, 1)
+        for name, p in learners.parameters.items():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-2, atol=1e-9)
+
+
+@both
+def test_greedy_actions_pay_their_cell(script):
+    learners = make_seeds(script, seeds=range(20), td_weight=[1.0] * 20, payoff=WIDE)
+    tested, values = learners.test(), learners.values().stage1
+    rows, columns = values[:, 0, :2].argmax(-1).tolist(), values[:, 1].argmax(-1).tolist()
+    assert tested["greedy"].tolist() == [list(pair) for pair in zip(rows, columns, strict=True)]
+    assert tested["pays"].tolist() == [WIDE[row][column] for row, column in zip(rows, columns, strict=True)]
+    assert len(set(tested["pays"].tolist())) > 2
+
+
+@both
+def test_options_of_adam_and_its_groups(script):
+    """theta, and phi where there is one, both at --learning-rate."""
+    groups = make_seeds(script, learning_rate=3e-4).optimizer.param_groups
+    assert [group["lr"] for group in groups] == [3e-4] * (2 if script is softqmix_matrix else 1)
+
+
+def test_exploration_falls_with_the_games_played():
+    learners = make_seeds(qmix_matrix, num_envs=500, epsilon_finish=0.0, epsilon_anneal_time=1000)
+    for explores in (True, True, False):
+        greedy = learners.game.joint(learners.test()["greedy"])  # (K,), before the update
+        begin = learners.step
+        learners.advance()
+        others = (learners.replay[:, begin : learners.step] != greedy[:, None]).double().mean(1)
+        expected = (1 - begin / 1000) * (2 - (1 - begin / 1000))  # that one of both coins falls
+        assert (others > 0).all() == explores
+        assert (others <= expected).all()
+
+
 @pytest.mark.parametrize("changes", [{"use_g": False}, {"use_f": False}, {"use_g": False, "use_f": False}])
 def test_ablations_and_the_sum_learn(changes):
     """Without f the policy is softmax(Q_i / alpha); with --mixer vdn Table 2(a)'s Q_tot is exactly additive."""

@@ -1,6 +1,6 @@
 """softqmix_mpe.py and qmix_mpe.py as programs: files, resume, seeds, video, bad input, and that they learn.
 
-The environment has its own tests, and the mathematics is the SMACv2 scripts', letter by letter (test_twins.py).
+The environment and the mathematics have their own tests.
 """
 
 import json
@@ -8,14 +8,11 @@ import sys
 
 import pytest
 import torch
+from common import MPE, checkpoint_of, over, read_metrics, train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_softqmix_smacv2 import read_metrics
 
-import qmix_mpe
 import softqmix_mpe
-
-BOTH = pytest.mark.parametrize("script", [softqmix_mpe, qmix_mpe], ids=lambda script: script.__name__)
 
 
 def small_args(script, run_dir, **changes):
@@ -24,9 +21,9 @@ def small_args(script, run_dir, **changes):
     return script.Args(**(settings | changes))
 
 
-@BOTH
+@over(MPE)
 def test_run_leaves_the_promised_files_and_a_video(script, tmp_path):
-    summary = script.train(small_args(script, tmp_path, capture_video=True))
+    summary = train(script, small_args(script, tmp_path, capture_video=True))
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert (summary["backend"], summary["env_steps"], summary["episodes"]) == ("batched", 1000, 40)
     assert summary["updates"] == 40 // 4 - 1  # the first one when 8 are stored
@@ -39,28 +36,27 @@ def test_run_leaves_the_promised_files_and_a_video(script, tmp_path):
     assert images[0].encoded_image_string == (tmp_path / "evaluation.gif").read_bytes()
 
 
-@BOTH
+@over(MPE)
 @pytest.mark.parametrize("backend", ["batched", "mpe2"])
 def test_resume_equals_the_uninterrupted_run(script, backend, tmp_path):
     args = dict(backend=backend, total_timesteps=1100)
-    script.train(small_args(script, tmp_path / "whole", **args))
-    script.train(small_args(script, tmp_path / "parts", **(args | {"total_timesteps": 500})))
-    script.train(small_args(script, tmp_path / "parts", resume=str(tmp_path / "parts"), **args))
+    train(script, small_args(script, tmp_path / "whole", **args))
+    train(script, small_args(script, tmp_path / "parts", **(args | {"total_timesteps": 500})))
+    train(script, small_args(script, tmp_path / "parts", resume=str(tmp_path / "parts"), **args))
     assert read_metrics(tmp_path / "parts") == read_metrics(tmp_path / "whole")
-    networks = [torch.load(tmp_path / name / "checkpoints" / "1100" / "training.pt")["networks"]
-                for name in ("whole", "parts")]  # fmt: skip
+    networks = [checkpoint_of(tmp_path / name).networks for name in ("whole", "parts")]
     assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
 
 
 def test_both_backends_train_alike_and_another_seed_differently(tmp_path):
     for name, changes in {"a": {}, "b": {"backend": "mpe2"}, "c": {"seed": 2}}.items():
-        softqmix_mpe.train(small_args(softqmix_mpe, tmp_path / name, total_timesteps=600, **changes))
+        train(softqmix_mpe, small_args(softqmix_mpe, tmp_path / name, total_timesteps=600, **changes))
     a, b, c = (read_metrics(tmp_path / name) for name in "abc")
     assert [float(row["return_mean"]) for row in a] == pytest.approx([float(row["return_mean"]) for row in b], abs=1e-3)
     assert a != c
 
 
-@BOTH
+@over(MPE)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -84,7 +80,7 @@ def test_bad_options_get_one_message_and_exit_code_2(script, options, expected, 
 
 
 def test_evaluate_gives_both_backends_and_a_video(tmp_path, monkeypatch, capsys):
-    softqmix_mpe.train(small_args(softqmix_mpe, tmp_path, total_timesteps=300))
+    train(softqmix_mpe, small_args(softqmix_mpe, tmp_path, total_timesteps=300))
     options = ["--evaluate", str(tmp_path), "--eval-episodes", "4", "--capture-video"]
     monkeypatch.setattr(sys, "argv", ["softqmix_mpe.py", *options])
     assert softqmix_mpe.main() == 0
@@ -101,5 +97,5 @@ def test_it_learns(tmp_path):
     """
     settings = dict(level="simple", total_timesteps=15_000, batch_size=32, buffer_size=600, eval_episodes=1000)
     settings |= dict(episodes_per_update=1, target_update_interval=20, eval_interval=15_000, learning_rate=3e-3)
-    result = softqmix_mpe.train(small_args(softqmix_mpe, tmp_path, gamma=0.8, alpha=3.0, **settings))["eval"]
+    result = train(softqmix_mpe, small_args(softqmix_mpe, tmp_path, gamma=0.8, alpha=3.0, **settings))["eval"]
     assert result["return_mean"] > -204.2 + 4 * result["return_se"]

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import matplotlib.figure
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,3 +147,67 @@ def test_impossible_options_are_refused_in_one_sentence(tmp_path, monkeypatch, c
     assert printed.err.startswith("error: ")
     assert len(printed.err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# --- The picture ---
+
+
+def draw(monkeypatch, capsys, *options):
+    """The panels with something in them, in order, of the picture that is written."""
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    assert run_plot(monkeypatch, capsys, *options)[0] == 0
+    (figure,) = figures
+    return [axes for axes in figure.axes if axes.lines]
+
+
+def edges(axes, i=0) -> tuple[dict, dict]:
+    """The i-th band's lower and upper edge, as {x: y}."""
+    points = axes.collections[i].get_paths()[0].vertices
+    return tuple({x: pick(y for there, y in points if there == x) for x in points[:, 0]} for pick in (min, max))
+
+
+def test_lines_and_bands_stand_where_steps_hours_and_seeds_put_them(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.4, 0.5])
+    write_run(tmp_path / "b", "soft", 2, [0.0, 0.6, 0.5, 0.9])
+    write_run(tmp_path / "c", "qmix", 1, [0.25, 0.25])
+    panels = draw(monkeypatch, capsys, tmp_path, "--smooth", 1)
+    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in panels]
+    measures = [(y, scale) for y, scale in (("test win rate", 1), ("test return", 10))]
+    assert labels == [(x, y) for y, _ in measures for x in ("million steps", "hours")]
+    for axes, (x, y) in zip(panels, labels, strict=True):
+        scale, unit = dict(measures)[y], {"million steps": 10_000 / 1e6, "hours": 60 / 3600}[x]
+        qmix, soft = axes.lines
+        np.testing.assert_allclose(qmix.get_xydata(), [(0, scale * 0.25), (unit, scale * 0.25)])
+        means = [0.0, 0.5, 0.5]  # as far as the shorter of the two runs goes
+        np.testing.assert_allclose(soft.get_xydata(), [(i * unit, scale * m) for i, m in enumerate(means)], atol=1e-12)
+        assert [line.get_label() for line in axes.lines] == ["qmix (1)", "soft (2)"]
+        for edge, sign in zip(edges(axes, 1), (-1, 1), strict=True):
+            halves = [0, 12.71 * 0.1, 0]  # t(1) s / sqrt 2, s = |a - b| / sqrt 2
+            expected = [scale * (m + sign * h) for m, h in zip(means, halves, strict=True)]
+            np.testing.assert_allclose([edge[i * unit] for i in range(3)], expected, atol=1e-12)
+        assert len({line.get_color() for line in axes.lines}) == 2
+        if scale == 1:
+            assert axes.get_ylim() == (0, 1)
+
+
+def test_lines_are_smoothed_by_what_came_before(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.2, 0.7, 0.9])
+    axes = draw(monkeypatch, capsys, tmp_path, "--smooth", 2)[0]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.0, 0.1, 0.45, 0.8])
+
+
+def test_every_place_has_a_row_of_its_own(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.2])
+    write_run(tmp_path / "b", "soft", 1, [0.0, 0.4], backend="starcraft2")
+    panels = draw(monkeypatch, capsys, tmp_path, "--smooth", 1)
+    shown = [(axes.get_title(), axes.lines[0].get_ydata()[-1]) for axes in panels if axes.get_ylabel() != "test return"]
+    assert shown == [("zerg_5_vs_5 (sim 1)", 0.2)] * 2 + [("zerg_5_vs_5 (starcraft2 1)", 0.4)] * 2
+
+
+def test_values_on_the_way_end_at_their_step(tmp_path, monkeypatch, capsys):
+    """In the middle of a run: what comes later does not count, nor what is 50,000 steps old."""
+    write_run(tmp_path / "a", "soft", 1, [0.9] * 3 + [0.1] * 5 + [0.9] * 7)  # 140,000 steps; .1 from 30,000 to 70,000
+    _, printed = run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png", "--at", 70_000, 80_000, 20_000)
+    # At 80,000: (4 * .1 + .9) / 5
+    assert cells(printed)[0][5:8] == ["0.1", "0.26", "0.9"]

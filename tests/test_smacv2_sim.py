@@ -1,6 +1,7 @@
 """Tests of smacv2_sim.py: the package's interface against slow re-computations, and each rule of the battle alone."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -271,6 +272,15 @@ def test_sight_ends_before_its_radius():
         assert mask[0, FIRST_TARGET] == attackable
 
 
+@pytest.mark.parametrize("place", [31, 30.999, 1, 0.5])
+def test_north_and_east_close_at_31_and_south_and_west_never(place):
+    """The package looks one cell ahead: at 31 that is the border itself, 0.5 - 1 it rounds to 0."""
+    env = battle([unit("marine", place, 16), unit("marine", 16, place)], [unit("marine", 4, 4)] * 2)
+    for row, closed in zip(env.observe(0)[2], (EAST, NORTH), strict=True):
+        expected = [action != closed or place < 31 for action in (NORTH, SOUTH, EAST, WEST)]
+        assert row[[NORTH, SOUTH, EAST, WEST]].tolist() == expected
+
+
 def test_medivac_reads_its_heal_mask_in_the_enemy_rows():
     allies = [unit("marine", 10 + i, 16) for i in range(4)] + [unit("medivac", 13, 17)]
     env = battle(allies, [unit("marine", 15 + i, 16) for i in range(5)])
@@ -357,8 +367,24 @@ def test_start_kinds():
     groups = np.array([len(np.unique(rows, axis=0)) for rows in enemies])
     assert groups.min() == 1
     assert groups.max() == 4
+    diagonals = [len(np.unique(np.sign(rows - 16), axis=0)) for rows in enemies]
+    assert (groups == diagonals).all()  # no two groups on one diagonal
     # With g equally likely to be 1..4 and 11 enemies, few groups stay empty: one group has probability 0.2502.
     assert (groups == 1).mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_units_take_the_free_places_nearest_to_their_points():
+    """Rings a quarter cell apart with 8, 16, ... places; marines need 0.75 between them, a medivac flies over them.
+
+    Of 0.45 from another, the first free place is on the second ring: 0.75^2 <= 0.45^2 + 0.5^2 - 0.45 cos(angle) from
+    104 degrees on, and the places are 22.5 apart.
+    """
+    types = np.array([sim.MARINE, sim.MEDIVAC, sim.MARINE, sim.MARINE])
+    points = np.array([[16, 16], [16, 16], [15.55, 16], [0, 0]])
+    sim.unpack_points(sim.compile_unit_table(sim.WOL_UNITS), types, points)
+    angle = np.deg2rad(112.5)
+    third = [15.55 + 0.5 * np.cos(angle), 16 + 0.5 * np.sin(angle)]
+    np.testing.assert_allclose(points, [[16, 16], [16, 16], third, [0.375, 0.375]])
 
 
 @pytest.mark.parametrize("map_name", ["protoss_20_vs_23", "terran_20_vs_23", "zerg_20_vs_23"])
@@ -551,6 +577,28 @@ def test_damage_of_a_hit(attacker, target, shield, lost):
     assert shield - row["shield"] == pytest.approx(lost[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "way", "radius", "separation", "sight", "reach", "divisor"),
+    [
+        ("marine", 1.125, 0.375, 0.375, 9, 5, 15),
+        ("marauder", 1.125, 0.5625, 0.5, 10, 6, 25),
+        ("medivac", 1.375, 0.75, 0.75, 11, 4, 200),
+        ("stalker", 1.47655, 0.625, 0.625, 10, 6, 35),
+        ("zealot", 1.125, 0.5, 0.375, 9, 2, 22),
+        ("colossus", 1.125, 1, 0.75, 10, 7, 24),
+        ("zergling", 1.47655, 0.375, 0.375, 8, 2, 11),
+        ("hydralisk", 1.125, 0.625, 0.5, 9, 5, 10),
+        ("baneling", 1.25, 0.375, 0.375, 8, 2, 1),
+    ],
+)
+def test_figures_of_the_unit_types(name, way, radius, separation, sight, reach, divisor):
+    """What the other tests take from the table: cells in a step at full speed, bodies, and the package's own tables."""
+    row = sim.compile_unit_table(sim.WOL_UNITS)[sim.UNIT_NAMES.index(name)]
+    assert row["speed"] * 8 == pytest.approx(way)
+    assert (row["radius"], row["separation"], row["sight"]) == (radius, separation, sight)
+    assert (row["mask_range"], row["cooldown_divisor"]) == (reach, divisor)
+
+
 def test_ladder_table():
     wol, lotv = (sim.compile_unit_table(sim.UNIT_TABLES[name]) for name in ("wol", "lotv"))
     assert lotv["health"][sim.HYDRALISK] == 90
@@ -603,6 +651,19 @@ def test_weapon_delay_is_uniform_between_minus_one_and_two_loops():
     assert np.mean(delays) == pytest.approx(0.5, abs=0.08)
 
 
+def test_a_weapon_fires_in_the_loop_in_which_it_is_ready_and_carries_the_fraction_to_its_next_attack():
+    next_cooldowns = []
+    for cooldown in (3, 2.25):
+        env = battle([unit("marine", 10, 10, cooldown=cooldown)], [unit("marine", 13, 10, cooldown=99)])
+        act(env, FIRST_TARGET)
+        loops(env, 2)
+        assert units(env)["attack"][0] == sim.READY
+        loops(env, 1)
+        assert units(env)["attack"][0] == sim.WIND_UP
+        next_cooldowns.append(units(env)["cooldown"][0])
+    assert next_cooldowns[0] - next_cooldowns[1] == pytest.approx(0.75)  # the random delay is the same
+
+
 @pytest.mark.parametrize(
     ("attacker", "away", "expected"),
     [
@@ -611,6 +672,7 @@ def test_weapon_delay_is_uniform_between_minus_one_and_two_loops():
         ("marine", 5.0, 1 + 1),
         ("marauder", 6.0, 1 + 5),  # a missile of 1.25 cells a loop
         ("hydralisk", 5.0, 1 + 4 + 2),  # 3.33 loops, then 2.5 cells a loop
+        ("hydralisk", 3.75, 1 + 4 + 2),  # 3.33 and 1.5 loops: each stage rounds up by itself, 4.83 would be 5
         ("stalker", 6.0, 1 + 3 + 6),  # 2.67 loops, then 1.17 cells a loop
         ("colossus", 6.0, 1 + 2 + 6),
     ],
@@ -624,6 +686,33 @@ def test_loops_from_the_order_to_the_hit(attacker, away, expected):
         loops(env, 1)
         count += 1
     assert count == expected
+
+
+def test_a_zealot_hits_again_five_loops_after_its_first_hit():
+    """0.28 s are 4.48 loops, rounded up."""
+    env = battle([unit("zealot", 10, 10)], [unit("zealot", 11, 10)])
+    units(env)["cooldown"][1] = 99
+    act(env, FIRST_TARGET)
+    shields = []
+    for _ in range(8):
+        loops(env, 1)
+        shields.append(units(env)["shield"][1])
+    assert shields == [42] * 5 + [34] * 3
+
+
+def test_a_unit_stands_still_during_wind_up():
+    """Also when its target, half a cell further off, is out of the weapon's range by then."""
+    env = battle([unit("hydralisk", 10, 10)], [unit("hydralisk", 16.25, 10)])
+    units(env)["cooldown"][1] = 99
+    act(env, FIRST_TARGET)
+    for left in (3.328, 2.328, 1.328, 0.328):
+        loops(env, 1)
+        assert units(env)["attack_timer"][0] == pytest.approx(left)
+        assert units(env)["x"][0] == 10
+        units(env)["x"][1] = 16.75
+    loops(env, 1)
+    assert units(env)["attack"][0] == sim.FLIGHT
+    assert units(env)["x"][0] == pytest.approx(10 + 2.25 / 16)
 
 
 @pytest.mark.parametrize("away", [7.24, 7.26])
@@ -667,16 +756,67 @@ def test_a_missile_outlives_its_shooter_and_a_wind_up_does_not():
         assert (units(env)["shield"][1] < 80) == hits
 
 
-def test_a_target_that_leaves_the_reach_by_more_than_one_during_wind_up_escapes():
-    for leap, hits in ((0.9, True), (1.1, False)):
-        env = battle([unit("zergling", 10, 10)], [unit("zergling", 10.84, 10)])
+def test_another_target_during_wind_up_starts_a_new_attack():
+    env = battle([unit("stalker", 10, 10)] * 2, [unit("stalker", 15, 10), unit("stalker", 15, 12)])
+    units(env)["cooldown"][2:] = 99
+    act(env, FIRST_TARGET)
+    loops(env, 2)
+    act(env, FIRST_TARGET + 1)
+    assert units(env)["cooldown"][0] == 0
+    loops(env, 1)
+    assert units(env)["attack_target"][0] == 3
+    assert units(env)["attack_timer"][0] == pytest.approx(0.167 * 16)
+
+
+def test_a_target_that_dies_during_wind_up_leaves_the_weapon_ready():
+    env = battle([unit("stalker", 10, 10)], [unit("stalker", 15, 10)])
+    units(env)["cooldown"][1] = 99
+    act(env, FIRST_TARGET)
+    loops(env, 1)
+    units(env)["health"][1] = 0
+    loops(env, 2)
+    row = units(env)[0]
+    assert (row["attack"], row["order"], row["cooldown"]) == (sim.READY, sim.NO_ORDER, 0)
+
+
+@pytest.mark.parametrize(("name", "away", "stage"), [("zealot", 1, sim.SECOND_HIT), ("colossus", 6, sim.BEAM)])
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_second_hit_and_a_beam_end_with_their_owner(name, away, stage, dies):
+    env = battle([unit(name, 10, 10)], [unit("zealot", 10 + away, 10)])
+    units(env)["cooldown"][1] = 99
+    act(env, FIRST_TARGET)
+    while units(env)["attack"][0] != stage:
+        loops(env, 1)
+    before = units(env)["shield"][1]
+    if dies:
+        units(env)["health"][0] = 0
+    loops(env, 7)
+    assert (units(env)["shield"][1] == before) == dies
+
+
+def test_a_beam_sweeps_on_when_its_target_dies():
+    env = battle([unit("colossus", 8, 16)], [unit("zealot", 14, 16), unit("zealot", 14, 17.5)])
+    units(env)["cooldown"][1:] = 99
+    act(env, FIRST_TARGET)
+    while units(env)["attack"][0] != sim.BEAM:
+        loops(env, 1)
+    units(env)["health"][1] = 0
+    loops(env, 7)
+    assert units(env)["shield"][2] == 10
+
+
+@pytest.mark.parametrize(("name", "reach", "slop"), [("zergling", 0.85, 1), ("stalker", 7.25, 1), ("colossus", 8, 0)])
+def test_a_target_escapes_by_leaving_the_reach_during_wind_up_by_one_or_from_a_colossus_at_all(name, reach, slop):
+    for beyond, hits in ((slop - 0.01, True), (slop + 0.01, False)):
+        env = battle([unit(name, 10, 10)], [unit(name, 10 + reach - 0.01, 10)])
         units(env)["cooldown"][1] = 99
         act(env, FIRST_TARGET)
         loops(env, 1)
-        for _ in range(3):
-            units(env)["x"][1] = 10.85 + leap
+        for _ in range(12):  # the colossus needs 1 + 2 + 6 loops, the stalker 1 + 3 + 7
+            units(env)["x"][1] = units(env)["x"][0] + reach + beyond
             loops(env, 1)
-        assert (units(env)["health"][1] < 35) == hits
+        lost = TYPES[name].health + TYPES[name].shield - units(env)["health"][1] - units(env)["shield"][1]
+        assert (lost > 0) == hits
 
 
 @pytest.mark.parametrize(("loops_calm", "gained"), [(160, 0.0), (168, 1.0), (176, 2.0)])
@@ -689,8 +829,23 @@ def test_shields_regenerate_after_ten_seconds(loops_calm, gained):
     assert units(env)["health"][0] == 100
 
 
+def test_a_loaded_battle_has_seen_no_damage_yet():
+    env = battle([unit("zealot", 4, 4, shield=10)], [unit("zealot", 28, 28, 0, 0)])
+    loops(env, 8)
+    assert units(env)["shield"][0] == 11
+
+
+def test_nothing_regenerates_beyond_its_maximum():
+    for name in ("zealot", "hydralisk", "medivac"):
+        env = battle([unit(name, 4, 4, energy=200)], [unit(name, 28, 28, 0)])
+        loops(env, 8)
+        row = units(env)[0]
+        assert (row["health"], row["shield"], row["energy"]) == (TYPES[name].health, TYPES[name].shield, 200)
+
+
 def test_only_zerg_health_regenerates():
-    for name, gained in (("hydralisk", 0.1367), ("marine", 0), ("stalker", 0)):
+    zerg = [(name, 0.1367) for name in ("baneling", "hydralisk", "zergling")]
+    for name, gained in (*zerg, ("marine", 0), ("stalker", 0)):
         env = battle([unit(name, 4, 4, 20)], [unit(name, 28, 28, 0)])
         loops(env, 8)
         assert units(env)["health"][0] == pytest.approx(20 + gained, abs=1e-3)
@@ -731,6 +886,25 @@ def test_colossus_line():
     sim.continue_attack(units(env), 0, env._rules.table, 2)
     lost = 50 - units(env)["shield"]
     assert lost.tolist() == [-100, 0, 40, 40, 40, 0, 0]  # zealots: radius .5, so 1.75 across and .65 along
+
+
+@pytest.mark.parametrize(
+    ("name", "half_length", "half_width"),
+    [("zealot", 1.25 + 0.5, 0.15 + 0.5), ("stalker", 1.25 + 0.625, 0.15 + 0.625), ("colossus", 1.25 + 1, 0.15 + 1)],
+)
+def test_bodies_meet_the_colossus_line_with_their_edge(name, half_length, half_width):
+    """From the target the line reaches 1.25 both ways across the fire and 0.15 along it; touching is enough."""
+    touched = [(half_length, 0), (-half_length, 0), (0, half_width - 0.001), (0, 0.001 - half_width)]  # (across, along)
+    missed = [(half_length + 0.001, 0), (-half_length - 0.001, 0), (0, half_width + 0.001), (0, -half_width - 0.001)]
+    for north in (False, True):
+        spots = [(across, along) if north else (along, across) for across, along in ((0, 0), *touched, *missed)]
+        shooter = unit("colossus", 14, 8) if north else unit("colossus", 8, 16)
+        env = battle([shooter], [unit(name, 14 + dx, 16 + dy) for dx, dy in spots])
+        row = units(env)[0]
+        row["attack"], row["attack_target"], row["attack_timer"] = sim.BEAM, 1, 0.0
+        sim.continue_attack(units(env), 0, env._rules.table, 1)
+        lost = TYPES[name].shield - units(env)["shield"][1:]
+        assert lost.tolist() == [40] * 5 + [0] * 4
 
 
 def test_colossus_armour_counts_per_hit():
@@ -787,6 +961,38 @@ def test_heal_and_energy():
     assert units(env)["health"][0] == 125
 
 
+@pytest.mark.parametrize(("patient", "reach"), [("marine", 4 + 0.75 + 0.375), ("marauder", 4 + 0.75 + 0.5625)])
+def test_a_medivac_heals_from_four_cells_edge_to_edge_and_flies_there_from_further_off(patient, reach):
+    for beyond in (0, 0.01):
+        allies = [unit(patient, 10, 10, 20), unit("medivac", 10 + reach + beyond, 10, energy=50)]
+        env = battle(allies, [unit("marine", 30, 30, 0)] * 2)
+        act(env, STOP, FIRST_TARGET)
+        loops(env, 1)
+        assert (units(env)["health"][0] > 20) == (beyond == 0)
+        assert (units(env)["x"][1] == 10 + reach + beyond) == (beyond == 0)
+        loops(env, 4)
+        assert units(env)["health"][0] > 20
+        assert units(env)["x"][1] == pytest.approx(10 + reach)
+
+
+def test_a_medivac_cannot_raise_the_dead():
+    env = battle([unit("marine", 10, 10), unit("medivac", 13, 10, energy=50)], [unit("marine", 30, 30, 0)] * 2)
+    act(env, STOP, FIRST_TARGET)
+    units(env)["health"][0] = 0  # killed in this loop, and buried at its end
+    loops(env, 1)
+    assert not units(env)["alive"][0]
+
+
+def test_an_ally_medivac_follows_its_patient_at_full_health():
+    env = battle([unit("marine", 10, 10), unit("medivac", 13, 10, energy=50)], [unit("marine", 30, 30, 0)] * 2)
+    act(env, STOP, FIRST_TARGET)
+    loops(env, 2)
+    units(env)["x"][0] = 4
+    loops(env, 32)
+    assert units(env)["x"][1] == pytest.approx(4 + 4 + 0.75 + 0.375)
+    assert units(env)["energy"][1] > 50
+
+
 def test_one_healer_per_patient():
     allies = [unit("marauder", 10, 10, 50), unit("medivac", 13, 10, energy=50), unit("medivac", 10, 13, energy=50)]
     env = battle(allies, [unit("marine", 30, 30, 0)] * 3)
@@ -811,6 +1017,74 @@ def test_enemy_medivac_heals_the_weakest_friend_in_range_by_itself():
     assert units(env)["order"][4] == sim.NO_ORDER  # five energy are needed to begin
 
 
+@pytest.mark.parametrize(("patient", "reach"), [("marine", 6 + 0.75 + 0.375), ("marauder", 6 + 0.75 + 0.5625)])
+@pytest.mark.parametrize("beyond", [0, 0.01])
+def test_an_enemy_medivac_looks_for_patients_up_to_six_cells_edge_to_edge(patient, reach, beyond):
+    enemies = [unit("medivac", 20, 10, energy=50), unit(patient, 20, 10 + reach + beyond, 20)]
+    env = battle([unit("marine", 1, 1, 0)], enemies)
+    loops(env, 1)
+    assert (units(env)["order"][1] == sim.TARGET) == (beyond == 0)
+
+
+def test_medivacs_and_the_dead_are_no_patients():
+    enemies = [unit("medivac", 20, 20, energy=50), unit("medivac", 22, 20, 50), unit("marine", 20, 22, 0)]
+    env = battle([unit("marine", 1, 1, 0)], [*enemies, unit("marine", 20, 24, 40)])
+    loops(env, 1)
+    assert units(env)["target"][1] == 4
+
+
+def test_an_enemy_medivac_leaves_a_dead_patient_for_the_next_at_once():
+    env = battle(
+        [unit("marine", 1, 1, 0)],
+        [unit("medivac", 20, 20, energy=50), unit("marine", 21, 20, 10), unit("marine", 20, 22, 20)],
+    )
+    loops(env, 1)
+    units(env)["health"][2] = 0
+    loops(env, 2)  # buried at the end of the first
+    assert units(env)["health"][3] == 20.5625
+
+
+@pytest.mark.parametrize(("energy", "begins"), [(4.9, False), (5, True)])
+def test_an_enemy_medivac_needs_five_energy_to_begin(energy, begins):
+    env = battle([unit("marine", 1, 1, 0)], [unit("medivac", 20, 20, energy=energy), unit("marine", 21, 20, 10)])
+    loops(env, 1)
+    assert (units(env)["order"][1] == sim.TARGET) == begins
+
+
+@pytest.mark.parametrize("away", [(3, 2), (2, 3)])
+def test_an_enemy_medivac_takes_the_nearest_of_equally_hurt_friends(away):
+    friends = [unit("marine", 20 + dx, 20, 20) for dx in away]
+    env = battle([unit("marine", 1, 1, 0)], [unit("medivac", 20, 20, energy=50), *friends])
+    loops(env, 1)
+    assert units(env)["target"][1] == 2 + away.index(2)
+
+
+def test_enemy_medivacs_never_share_a_patient():
+    medivacs = [unit("medivac", 20, 20, energy=50), unit("medivac", 22, 20, energy=50)]
+    env = battle([unit("marine", 1, 1, 0)], [*medivacs, unit("marine", 21, 22, 10), unit("marine", 21, 18, 20)])
+    loops(env, 1)
+    assert units(env)["target"][1:3].tolist() == [3, 4]  # the weakest is taken
+    units(env)["health"][3] = 45
+    loops(env, 1)
+    assert units(env)["order"][1:3].tolist() == [sim.NO_ORDER, sim.TARGET]  # and so is the other one
+    units(env)["order"][2] = sim.NO_ORDER
+    loops(env, 1)
+    assert units(env)["target"][1] == 4  # free again, and the first medivac comes first
+    assert units(env)["order"][2] == sim.NO_ORDER
+
+
+def test_an_enemy_medivac_lets_go_of_a_healed_patient_and_looks_for_the_next():
+    """A loop heals up to 0.5625."""
+    enemies = [unit("medivac", 20, 20, energy=50), unit("marine", 21, 20, 44.5), unit("marauder", 20, 22, 124.5)]
+    env = battle([unit("marine", 1, 1, 0)], enemies)
+    for target, hurt in ((2, [0, 0.5]), (3, [0, 0])):
+        loops(env, 1)
+        assert units(env)["target"][1] == target
+        assert (units(env)["health"][2:] == [45 - hurt[0], 125 - hurt[1]]).all()
+    loops(env, 1)
+    assert units(env)["order"][1] == sim.NO_ORDER
+
+
 def test_ally_medivac_does_not_heal_by_itself():
     env = battle([unit("marine", 10, 10, 5), unit("medivac", 11, 10, energy=50)], [unit("medivac", 28, 28)] * 2)
     act(env, STOP, STOP)
@@ -829,6 +1103,28 @@ def test_medivac_speeds_up():
         ways.append(units(env)["x"][0] - before)
     assert ways[0] == pytest.approx(2.3125 / 256 * 36)  # 1 + 2 + ... + 8
     assert ways[0] < ways[1] < ways[2] < ways[3] == pytest.approx(1.375)
+
+
+@pytest.mark.parametrize("pause", ["stop", "heal"])
+def test_a_medivac_that_stands_has_to_speed_up_again(pause):
+    env = battle([unit("medivac", 10, 10, energy=50), unit("marine", 12, 10)], [unit("marine", 30, 30, 0)] * 2)
+    for action in (EAST, STOP if pause == "stop" else FIRST_TARGET + 1):
+        act(env, action, STOP)
+        loops(env, 8)
+    before = units(env)["x"][0]
+    act(env, EAST, STOP)
+    loops(env, 8)
+    assert units(env)["x"][0] - before == pytest.approx(2.3125 / 256 * 36)
+
+
+def test_a_medivac_that_arrives_has_to_speed_up_again():
+    env = battle([unit("medivac", 30.95, 10), unit("marine", 1, 1)], [unit("marine", 30, 30, 0)] * 2)
+    act(env, EAST, STOP)
+    loops(env, 8)
+    assert units(env)["x"][0] == 31.25  # a radius from the border, in the eighth loop: seven cover 0.253
+    act(env, WEST, STOP)
+    loops(env, 8)
+    assert units(env)["x"][0] == pytest.approx(31.25 - 2.3125 / 256 * 36)
 
 
 @pytest.mark.parametrize(
@@ -853,6 +1149,14 @@ def test_an_attack_order_follows_its_target():
         units(env)["x"][1] += 3
         loops(env, 32)
     assert units(env)["x"][0] > 14
+
+
+def test_an_attacker_stands_still_when_its_target_is_dead():
+    env = battle([unit("zealot", 10, 10)], [unit("zealot", 12, 10, 0)])
+    order(units(env)[0], 1)
+    loops(env, 2)
+    assert units(env)["x"][0] == 10
+    assert units(env)["order"][0] == sim.NO_ORDER
 
 
 def test_a_refused_attack_leaves_the_order_as_it_was():
@@ -913,6 +1217,33 @@ def test_an_idle_enemy_marauder_ignores_a_nearest_medivac_but_notices_a_marine_i
     assert units(env)["target"][2] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "ally", "reach"),
+    [
+        ("zealot", "stalker", 5 + 0.5 + 0.625),
+        ("hydralisk", "zergling", 5 + 0.625 + 0.375),
+        ("marauder", "marine", 6 + 0.5625 + 0.375),
+        ("stalker", "colossus", 6 + 0.625 + 1),
+    ],
+)
+@pytest.mark.parametrize("beyond", [0, 0.01])
+def test_an_idle_enemy_notices_allies_within_five_cells_or_its_longer_weapon_range_edge_to_edge(
+    name, ally, reach, beyond
+):
+    env = battle([unit(ally, 10, 10)], [unit(name, 10 + reach + beyond, 10)])
+    env._world.battles["phase"] = 3  # the script does not look in the first loop
+    loops(env, 1)
+    assert (units(env)["order"][1] == sim.TARGET) == (beyond == 0)
+
+
+@pytest.mark.parametrize("places", itertools.permutations([("medivac", 12), ("marine", 10), ("marine", 9)]))
+def test_the_reflex_takes_the_nearest_armed_ally_in_whatever_order_they_stand(places):
+    env = battle([unit(name, x, 10) for name, x in places], [unit("marine", 13, 10)] + [unit("marine", 30, 30, 0)] * 2)
+    env._world.battles["phase"] = 3  # the script does not look in the first loop
+    loops(env, 1)
+    assert units(env)["target"][3] == places.index(("marine", 10))
+
+
 def test_the_reflex_prefers_armed_allies_and_the_script_the_nearest():
     for phase, chosen in ((3, 1), (0, 0)):
         allies = [unit("medivac", 10, 10), unit("marine", 8, 10)]
@@ -941,6 +1272,21 @@ def test_bodies_push_apart_within_their_plane(first, second, gap):
     assert units(env)["x"][:2].mean() == pytest.approx(10.1)  # two friends without orders share the way
 
 
+@pytest.mark.parametrize("healths", [(100, 0), (0, 100)])
+def test_the_dead_push_nobody(healths):
+    env = battle(
+        [unit("zealot", 10 + 0.2 * k, 10, health) for k, health in enumerate(healths)], [unit("zealot", 30, 30)]
+    )
+    loops(env, 1)
+    assert units(env)["x"][:2].tolist() == [10, 10.2]
+
+
+def test_bodies_on_one_point_part():
+    env = battle([unit("zealot", 10, 10)] * 2, [unit("zealot", 30, 30)])
+    loops(env, 1)
+    assert units(env)["x"][:2] == pytest.approx([10 - 0.375, 10 + 0.375])
+
+
 def test_a_walker_cannot_shove_an_enemy_aside():
     env = battle([unit("zealot", 10, 10)], [unit("zealot", 11, 10)])
     units(env)["cooldown"][1] = 99
@@ -952,6 +1298,71 @@ def test_a_walker_cannot_shove_an_enemy_aside():
         assert (second["x"], second["y"]) == (11, 10)
         assert np.hypot(first["x"] - 11, first["y"] - 10) >= 0.75 - 1e-9
     assert abs(first["y"] - 10) > 0.3  # it passes round instead
+
+
+@pytest.mark.parametrize("walker", [0, 1])
+@pytest.mark.parametrize("fights", [False, True])
+def test_a_walker_shoves_a_friend_only_if_it_has_no_order(fights, walker):
+    allies, actions = [unit("zealot", 10.8, 10)], [FIRST_TARGET if fights else STOP]
+    allies.insert(walker, unit("zealot", 10, 10))
+    actions.insert(walker, EAST)
+    env = battle(allies, [unit("zealot", 11.9, 10), unit("zealot", 9, 9, 0)])
+    units(env)["cooldown"][:3] = 99
+    act(env, *actions)
+    loops(env, 4)
+    assert (units(env)["x"][1 - walker] == 10.8) == fights
+
+
+def test_flyers_shove_each_other_whatever_they_do():
+    allies = [unit("medivac", 10, 10), unit("medivac", 11.4, 10), unit("marine", 10, 12)]
+    env = battle(allies, [unit("marine", 30, 30, 0)] * 3)
+    act(env, FIRST_TARGET + 2, WEST, STOP)
+    loops(env, 1)
+    way = 2.3125 / 256
+    overlap = 0.75 + 0.75 - (1.4 - way)
+    assert units(env)["x"][:2] == pytest.approx([10 - overlap / 2, 11.4 - way + overlap / 2])
+
+
+def walk_east(bodies, side=0, away=0.76, moving=0):
+    """One loop of a zealot at (10, 10) that has bumped into zealots this far away in these directions (degrees).
+
+    Returns: its direction of movement in degrees, None if it stood still, and the side to which it keeps.
+    """
+    angles = np.deg2rad(bodies)
+    others = [unit("zealot", 10 + away * np.cos(angle), 10 + away * np.sin(angle)) for angle in angles]
+    env = battle([unit("zealot", 10, 10)], others)
+    act(env, EAST)
+    row = units(env)[0]
+    row["bumped"], row["side"] = 1, side
+    units(env)["moving"][1:] = moving
+    sim.obey(units(env), 0, env._rules.table, env._world.battles[0], 1, np.empty(len(bodies) + 1, np.int64))
+    dx, dy = row["x"] - 10, row["y"] - 10
+    assert np.hypot(dx, dy) == pytest.approx(2.25 / 16) or dx == dy == 0
+    assert row["bumped"] == 0
+    return round(np.rad2deg(np.arctan2(dy, dx))) if dx or dy else None, row["side"]
+
+
+@pytest.mark.parametrize(
+    ("bodies", "side", "expected"),
+    [
+        ([180], 1, (0, 0)),  # the straight way is free
+        ([0], 0, (90, 1)),  # both sides are as short
+        ([0], -1, (-90, -1)),  # it keeps to its side
+        ([30], 0, (-60, -1)),  # the shorter way
+        ([30], 1, (120, 1)),
+        ([30.5, -30.5], 0, (120, 1)),
+        ([0, 90], 0, (-90, -1)),
+        ([0, 90], 1, (None, 0)),  # no way on its side: it may choose again
+        ([0, 60, 120, 180, 240, 300], 0, (None, 0)),
+    ],
+)
+def test_a_blocked_unit_turns_by_as_little_as_it_must_and_keeps_to_its_side(bodies, side, expected):
+    assert walk_east(bodies, side) == expected
+
+
+def test_what_a_unit_does_not_turn_aside_for():
+    assert walk_east([0], moving=1) == (0, 0)  # who walks, too
+    assert walk_east([180], away=0.5) == (0, 0)  # whom it is already in, on the way out
 
 
 @pytest.mark.parametrize(("name", "target"), [("zergling", "hydralisk"), ("zealot", "zealot")])
@@ -978,6 +1389,19 @@ def test_the_border_holds_units_a_radius_inside(name):
         assert units(env)[axis][0] == pytest.approx(end)
     mask = env.observe(0)[2][0]
     assert mask[[STOP, NORTH, SOUTH, EAST, WEST]].tolist() == [True, True, True, 32 - radius < 31, True]
+
+
+@pytest.mark.parametrize(
+    ("action", "x", "y"), [(EAST, 31.625, 30.5), (NORTH, 30.5, 31.625), (WEST, 0.375, 1.5), (SOUTH, 1.5, 0.375)]
+)
+def test_a_move_order_at_the_border_ends_there(action, x, y):
+    start = 30.5 if action in (EAST, NORTH) else 1.5
+    env = battle([unit("marine", start, start)], [unit("marine", 16, 16, 0)])
+    act(env, action)
+    loops(env, 8)  # 1.125 cells, to a radius from the border
+    assert (units(env)["x"][0], units(env)["y"][0]) == pytest.approx((x, y))
+    loops(env, 1)
+    assert units(env)["order"][0] == sim.NO_ORDER
 
 
 # --- The wipe option --------------------------------------------------------------------------------------------------
@@ -1017,6 +1441,41 @@ def test_wipe_by_a_dead_enemy(corpse, rows):
     """A corpse out of everybody's sight hides the enemies before it."""
     env = battle([unit("marine", 10, 16)], [unit("marine", 15, 16), unit("marine", *corpse, 0)], enemy_wipe=True)
     assert (env.observe(0)[0][0, 4 : 4 + 16].reshape(2, 8)[:, 4] > 0).sum() == rows
+
+
+def test_wipe_ends_once_anybody_has_seen_the_enemy_and_begins_again_when_that_ally_dies():
+    """The second agent sees enemy 0; its row is wiped as long as enemy 1 is unseen, which stands before the first."""
+    first_looks = set()
+    for seed in range(20):
+        allies, enemies = [unit("marine", 30, 30), unit("marine", 2, 2)], [unit("marine", 3, 2), unit("marine", 31, 30)]
+        env = battle(allies, enemies, enemy_wipe=True, seed=seed)
+        first_looks.add(bool(env.observe(0)[0][1, 4:20].any()))
+        stop = np.full((1, 2), STOP)
+        assert env.step(stop)[0][0, 1, 4:20].any()
+        units(env)["health"][0] = 0
+        obs, *_, info = env.step(stop)
+        assert info["dead_allies"][0] == 1
+        assert not obs[0, 1, 4:20].any()
+    assert first_looks == {False, True}  # the agents look in random order
+
+
+@pytest.mark.parametrize("away", [9, 8.99])
+def test_wipe_takes_sight_without_its_end(away):
+    env = battle([unit("marine", 10, 16)], [unit("marine", 12, 16), unit("marine", 10 + away, 16)], enemy_wipe=True)
+    assert env.observe(0)[0][0, 4:12].any() == (away < 9)
+
+
+@pytest.mark.parametrize("new_battle", [False, True])
+def test_wipe_remembers_neither_the_dead_nor_the_battle_before(new_battle):
+    near = [unit("marine", 12, 16), unit("marine", 14, 16)]
+    env = battle([unit("marine", 10, 16)], near, enemy_wipe=True)
+    assert env.observe(0)[0][0, 4:12].any()  # both have been seen
+    if new_battle:
+        env.load_battle(0, [unit("marine", 10, 16)], [near[0], unit("marine", 30, 16)])
+    else:
+        units(env)["health"][2], units(env)["x"][2] = 0, 30
+        env.step(np.array([[STOP]]))
+    assert not env.observe(0)[0][0, 4:12].any()
 
 
 def test_wipe_changes_enemy_rows_only():

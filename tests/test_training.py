@@ -1,21 +1,18 @@
 """train() of all four scripts, event by event, in an environment whose episodes are known in advance."""
 
 import copy
+import json
+import time
 from typing import NamedTuple
 
+import common
 import fake_cuda
 import numpy as np
 import pytest
 import torch
+from common import MPE, SMACV2, SOFT, acting_on, checkpoint_of, evaluated_agent, over, read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import qmix_mpe
-import qmix_smacv2
-import softqmix_mpe
-import softqmix_smacv2
-
-SMACV2, MPE = (softqmix_smacv2, qmix_smacv2), (softqmix_mpe, qmix_mpe)
-SOFT = (softqmix_smacv2, softqmix_mpe)
 E, LENGTHS = 3, np.array([2, 3, 4])  # environment e plays episodes of LENGTHS[e] steps
 ITERATIONS = 120
 EPISODES = int((ITERATIONS // LENGTHS).sum())
@@ -35,7 +32,11 @@ class Clockwork:
         obs = np.tile(now[:, None, None], (1, self.num_agents, 1))
         return obs, {"state": now[:, None], "action_mask": np.ones((E, self.num_agents, self.num_actions), bool)}
 
+    def __init__(self):
+        self.seeds = []
+
     def reset(self, seed=None):
+        self.seeds.append(seed)
         self.clock = np.zeros(E)
         return self.look(np.ones(E))
 
@@ -68,21 +69,43 @@ def make_args(script, **changes):
     settings = dict(backend="mpe2") if script in MPE else dict(backend="sim")
     settings |= dict(alpha=0.7) if script in SOFT else dict(epsilon_start=0.9, epsilon_finish=0.1)
     settings |= dict(num_envs=E, total_timesteps=E * ITERATIONS, eval_interval=100, checkpoint_interval=150)
-    settings |= dict(batch_size=6, buffer_size=200, episodes_per_update=3, target_update_interval=5)
+    settings |= dict(learning_rate=2e-3, batch_size=6, buffer_size=200, episodes_per_update=3, target_update_interval=7)
     settings |= {} if script in SOFT else dict(epsilon_anneal_time=90)
     return script.Args(**(settings | changes))
 
 
-def train(script, args, listen=lambda name, function: function) -> None:
+class Clock:
+    """In the place of the module time: a second for each step of training, and a little whenever somebody looks."""
+
+    strftime = staticmethod(time.strftime)
+
+    def __init__(self):
+        self.now = 1e9
+
+    def time(self):
+        self.now += 1e-4
+        return self.now
+
+    perf_counter = monotonic = time
+
+
+def results_of(agent, *_) -> dict:
+    """In the place of evaluate: results that only this agent has."""
+    mean = torch.cat([value.flatten() for value in agent.state_dict().values()]).double().mean().item()
+    return dict.fromkeys(("return_mean", "return_std", "return_se", "win_rate"), mean)
+
+
+def train(script, args, listen=lambda name, function: function, env=Clockwork, clock=None) -> dict:
     """In the clockwork, without tests: MPE's know Spread's episodes only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "make_env", lambda *_: Clockwork())
-        metrics = dict.fromkeys(("return_mean", "return_std", "return_se", "win_rate"), 0.0)
-        patch.setattr(script, "evaluate", listen("evaluate", lambda *_: metrics))
-        script.train(args)
+        patch.setattr(script, "make_env", lambda *_: env())
+        patch.setattr(script, "evaluate", listen("evaluate", results_of))
+        if clock:
+            patch.setattr(script, "time", clock)
+        return common.train(script, args)
 
 
-def record(script, run_dir, **changes) -> list[Event]:
+def record(script, run_dir, env=Clockwork, clock=None, **changes) -> list[Event]:
     """Train; returns what happened, in order of completion."""
     events: list[Event] = []
 
@@ -90,6 +113,8 @@ def record(script, run_dir, **changes) -> list[Event]:
         def wrapper(*arguments):
             step = E * sum(event.name == "act" for event in events)
             result = function(*arguments)
+            if name == "evaluate":
+                result |= {"agent": evaluated_agent(arguments).state_dict()}
             events.append(Event(name, step, arguments, copy.deepcopy(result)))  # the loop writes into what act returned
             return result
 
@@ -99,14 +124,13 @@ def record(script, run_dir, **changes) -> list[Event]:
         for name in ("act", "update", "move_target", "save_checkpoint"):
             patch.setattr(script, name, listen(name, getattr(script, name)))
         patch.setattr(script.Replay, "add", listen("add", script.Replay.add))
-        train(script, make_args(script, run_dir=str(run_dir), **changes), listen)
+        train(script, make_args(script, run_dir=str(run_dir), **changes), listen, env, clock)
     return events
 
 
 def stored_episodes(events) -> list[dict]:
     """The replay has room for all of them, in the order in which they ended."""
-    replay = next(event for event in events if event.name == "add").arguments[0]
-    return [{name: value.numpy() for name, value in episode.items()} for episode in replay.episodes]
+    return common.stored_episodes(next(event for event in events if event.name == "add").arguments[0])
 
 
 @pytest.fixture(scope="module", params=SMACV2 + MPE, ids=lambda script: script.__name__)
@@ -116,16 +140,16 @@ def run(request, tmp_path_factory):
 
 
 def test_updates_and_target_copies_follow_the_number_of_episodes(run):
-    """An update per 3 episodes once 6 are stored, and a copy per 5."""
+    """An update per 3 episodes once 6 are stored, and a copy per 7."""
     expected = []
     for n in range(1, EPISODES + 1):
-        expected += ["add"] + ["update"] * (n >= 6 and n % 3 == 0) + ["move_target"] * (n % 5 == 0)
+        expected += ["add"] + ["update"] * (n >= 6 and n % 3 == 0) + ["move_target"] * (n % 7 == 0)
     happened = [event for event in run[2] if event.name in ("add", "update", "move_target")]
     assert [event.name for event in happened] == expected
     assert {event.arguments[1] for event in happened if event.name == "move_target"} == {1.0}
 
 
-@pytest.mark.parametrize("script", SMACV2 + MPE, ids=lambda script: script.__name__)
+@over(SMACV2 + MPE)
 def test_moving_average_takes_the_place_of_copies(script, tmp_path):
     events = record(script, tmp_path, tau=0.5, total_timesteps=60)
     moves = [(event.name, event.arguments[1]) for event in events if event.name == "move_target"]
@@ -138,7 +162,7 @@ def test_agents_forget_exactly_when_their_episode_ends(run):
     acts = [event for event in run[2] if event.name == "act"]
     assert len(acts) == ITERATIONS
     for i, act in enumerate(acts):
-        _, _, last_action, hidden, _ = act.arguments
+        _, last_action, hidden, _ = acting_on(act.arguments)
         begins = torch.tensor(i % LENGTHS == 0)
         before = torch.where(begins[:, None], -1, acts[i - 1].result[0])
         assert torch.equal(last_action, before)
@@ -149,7 +173,7 @@ def test_exploration_follows_its_schedule(run):
     script, _, events = run
     acts = [event for event in events if event.name == "act"]
     expected = [0.7 if script in SOFT else max(0.1, 0.9 - 0.8 * act.step / 90) for act in acts]
-    assert [act.arguments[-1] for act in acts] == pytest.approx(expected)
+    assert [acting_on(act.arguments)[-1] for act in acts] == pytest.approx(expected)
 
 
 def test_stored_episodes_are_those_that_were_played(run):
@@ -188,8 +212,151 @@ def test_tensorboard_gets_returns_exploration_and_losses(run):
     assert charts == pytest.approx([0.7] * 5 if script in SOFT else [0.9] + [0.1] * 4)
 
 
+def test_the_online_network_is_tested_and_written(run):
+    """At the last step; the target, which was copied before the last updates, is another."""
+    _, run_dir, events = run
+    saved = checkpoint_of(run_dir)
+    tested = [event for event in events if event.name == "evaluate"][-1].result["agent"]
+    assert tested.keys() == saved.agent.keys() == saved.target_agent.keys() == saved.policy["agent"].keys()
+    for name, value in saved.agent.items():
+        assert torch.equal(tested[name], value)
+        assert torch.equal(saved.policy["agent"][name], value)
+        assert torch.equal(saved.newest_policy["agent"][name], value)
+        assert not torch.equal(saved.target_agent[name], value)
+    sizes = {name: saved.policy[name] for name in ("obs_size", "num_agents", "num_actions")}
+    assert sizes == {"obs_size": 1, "num_agents": 2, "num_actions": 3}
+
+
+def test_checkpoints_hold_what_was_played_and_learnt(run):
+    """Adam's moments of theta and phi after as many steps as there were updates, every episode, and the counts."""
+    script, run_dir, events = run
+    saved, updates = checkpoint_of(run_dir), sum(event.name == "update" for event in events)
+    assert (saved.saved["step"], saved.saved["episodes"], saved.saved["updates"]) == (360, EPISODES, updates)
+    assert len(saved.optimizer["param_groups"]) == 1 + (script in SOFT)
+    for group in saved.optimizer["param_groups"]:
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-3, (0.9, 0.999), 0)
+    for state in saved.optimizer["state"].values():
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["step"] == updates
+    assert len(saved.optimizer["state"]) == sum("target." not in name for name in saved.networks)
+    assert saved.replay["lengths"] == [len(episode["reward"]) for episode in stored_episodes(events)]
+
+
+def test_metrics_have_a_row_for_every_test(run):
+    _, run_dir, events = run
+    rows, tests = read_metrics(run_dir), [event for event in events if event.name == "evaluate"]
+    finished = [sum((event.step // E) // LENGTHS) for event in tests]
+    updates = [sum(n >= 6 and n % 3 == 0 for n in range(1, done + 1)) for done in finished]
+    for row, test, episodes, count in zip(rows, tests, finished, updates, strict=True):
+        assert [int(row[name]) for name in ("step", "episodes", "updates")] == [test.step, episodes, count]
+        for name in row.keys() & {"return_mean", "return_std", "return_se", "win_rate"}:
+            assert float(row[name]) == test.result[name]
+    assert len({row["return_mean"] for row in rows}) == len(rows)
+    last = json.loads((run_dir / "summary.json").read_text())["eval"]
+    assert all(last[name] == tests[-1].result[name] for name in last.keys() - {"episodes"})
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    for name in last.keys() - {"episodes"}:
+        logged = [(scalar.step, scalar.value) for scalar in log.Scalars(f"eval/{name}")]
+        assert logged == [(test.step, pytest.approx(test.result[name])) for test in tests]
+
+
+@over(SMACV2 + MPE)
+def test_a_resumed_run_goes_on_where_it_stopped_in_every_column_and_its_hours(script, tmp_path):
+    """A second a step of the batch, and none for the time between the two runs; a third run resumes a resumed one."""
+    clock = Clock()
+
+    class Timed(Clockwork):
+        def step(self, action):
+            clock.now += 1
+            return super().step(action)
+
+    def part(name, iterations, **options):
+        """What was seen and done: the events of acting."""
+        settings = dict(total_timesteps=E * iterations, buffer_size=20, tau=0.9, checkpoint_interval=10**6)
+        events = record(script, tmp_path / name, Timed, clock, **settings, **options)
+        clock.now += 10_000
+        return [event for event in events if event.name == "act"]
+
+    whole, parts = part("whole", 60), part("parts", 25)
+    for iterations in (45, 60):
+        parts += part("parts", iterations, resume=str(tmp_path / "parts"))
+    for ours, theirs in zip(parts, whole, strict=True):
+        done, expected = ((acting_on(event.arguments), event.result) for event in (ours, theirs))
+        torch.testing.assert_close(done, expected, rtol=0, atol=0)
+    rows, expected = (read_metrics(tmp_path / name, drop=()) for name in ("parts", "whole"))
+    assert [row["step"] for row in rows] == ["0", "75", "102", "135", "180"]
+    assert [row for row in rows if row["step"] not in ("75", "135")] == expected  # tests at the ends of the parts
+    assert [float(row["seconds"]) for row in rows] == pytest.approx([int(row["step"]) / E for row in rows], abs=0.11)
+    assert {float(row["sps"]) for row in rows[1:]} == {E}
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("parts", "whole")]
+    for name in ("env_steps", "episodes", "updates", "seconds", "sps", "eval"):
+        assert summaries[0][name] == summaries[1][name]
+    ours, theirs = (checkpoint_of(tmp_path / name) for name in ("parts", "whole"))
+    torch.testing.assert_close(ours.networks, theirs.networks, rtol=0, atol=0)
+    torch.testing.assert_close(ours.optimizer["state"], theirs.optimizer["state"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        {name: ours.replay[name] for name in theirs.replay.keys() - {"kind"}},
+        {name: theirs.replay[name] for name in theirs.replay.keys() - {"kind"}},
+        rtol=0, atol=0,
+    )  # fmt: skip
+
+
+FIXED = {
+    "num_envs": 2,
+    "seed": 2,
+    "mixer": "vdn",
+    "use_g": False,
+    "use_f": False,
+    "map": "zerg_5_vs_5",
+    "level": "simple",
+}
+
+
+@over(SMACV2 + MPE)
+def test_a_resumed_run_takes_a_new_rate_but_no_other_networks_or_game(script, tmp_path):
+    """Nor a replay that the run did not keep."""
+    settings = dict(run_dir=str(tmp_path), checkpoint_replay=False)
+    train(script, make_args(script, total_timesteps=60, **settings))
+    assert checkpoint_of(tmp_path).replay is None
+    for name in FIXED.keys() & vars(script.Args()).keys():
+        changed = {"resume": str(tmp_path), name: FIXED[name]}
+        with pytest.raises(script.InputError, match=name.replace("_", "-")):
+            train(script, make_args(script, **settings, **changed))
+    train(script, make_args(script, resume=str(tmp_path), learning_rate=1e-5, **settings, total_timesteps=90))
+    assert {group["lr"] for group in checkpoint_of(tmp_path).optimizer["param_groups"]} == {1e-5}
+
+
+@over(SMACV2 + MPE)
+def test_seeds_of_test_episodes(script, tmp_path):
+    """SMACv2: other battles in every test and every run. MPE: always the same, which no training has."""
+    seeds = {}
+    for seed in (1, 2):
+        envs = []
+
+        def make_env(args, num_envs, seed, *_, envs=envs):
+            envs.append(Clockwork())
+            envs[-1].made_with = seed
+            return envs[-1]
+
+        settings = dict(seed=seed, run_dir=str(tmp_path / str(seed)), total_timesteps=90, eval_episodes=E)
+        settings |= dict(eval_interval=30)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "make_env", make_env)
+            if script in MPE:
+                patch.setattr(script, "SpreadMPE2", lambda *_: Clockwork())
+            common.train(script, make_args(script, **settings))
+        training, testing = envs
+        assert training.seeds == [None]
+        assert training.made_with == seed
+        seeds[seed] = testing.seeds
+        assert len(testing.seeds) == 4
+    different = len({*seeds[1], *seeds[2]})
+    assert different == (1 if script in MPE else 8)
+    assert min(seeds[1]) >= (2**31 if script in MPE else 0)
+
+
 @pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("script", SMACV2 + MPE, ids=lambda script: script.__name__)
+@over(SMACV2 + MPE)
 def test_training_by_cuda_graphs_is_training(script, device, tmp_path, monkeypatch):
     """As if the same padded batches were learnt as usual; and a run can be resumed with the option, or without it."""
     if device == "emulated":
@@ -214,7 +381,7 @@ def test_training_by_cuda_graphs_is_training(script, device, tmp_path, monkeypat
 
 @pytest.mark.parametrize("pad", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("replay_device", ["cpu", "meta"])
-@pytest.mark.parametrize("script", SMACV2, ids=lambda script: script.__name__)
+@over(SMACV2)
 def test_nothing_is_computed_on_another_device(script, replay_device, pad):
     """Updates and acting on the meta device, which as a GPU does refuses to compute with a CPU's tensors."""
     device, args, env = torch.device("meta"), script.Args(tau=0.5), Clockwork()
@@ -233,27 +400,3 @@ def test_nothing_is_computed_on_another_device(script, replay_device, pad):
     exploration = torch.ones((), device=device) if script not in SOFT else args.alpha
     action, hidden = script.act(networks, view, batch.action[:E], torch.zeros(E, 2, 64, device=device), exploration)
     assert {x.device for x in (action, hidden, *logs.values())} == {device}
-
-
-class Counter:
-    """An agent that remembers how many steps it has made."""
-
-    hidden_size = 1
-
-    def __init__(self):
-        self.inputs = []
-
-    def step(self, obs, last_action, hidden):
-        self.inputs.append((last_action, hidden))
-        return torch.zeros(E, Clockwork.num_agents, Clockwork.num_actions), hidden + 1
-
-
-@pytest.mark.parametrize("script", SMACV2, ids=lambda script: script.__name__)
-def test_evaluation_starts_each_battle_without_memory(script):
-    agent = Counter()
-    script.evaluate(agent, Clockwork(), 2 * E, 0, torch.device("cpu"))
-    assert len(agent.inputs) == 2 * LENGTHS.max()
-    for i, (last_action, hidden) in enumerate(agent.inputs):
-        age = torch.tensor(i % LENGTHS)[:, None].expand(E, 2)
-        assert torch.equal(hidden[:, :, 0], age.float())
-        assert torch.equal(last_action, torch.where(age == 0, -1, 0))

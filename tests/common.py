@@ -1,0 +1,257 @@
+"""What the tests ask of the scripts: every call that depends on how a script is written stands here, once.
+
+An episode of L steps is, for the tests, a dictionary of arrays: obs (L+1, N, O), state (L+1, S), mask (L+1, N, A),
+action (L, N), reward (L,) and terminated (L,).
+"""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import qmix_mpe
+import qmix_smacv2
+import softqmix_mpe
+import softqmix_smacv2
+
+SMACV2, MPE = (softqmix_smacv2, qmix_smacv2), (softqmix_mpe, qmix_mpe)
+SOFT, PLAIN = (softqmix_smacv2, softqmix_mpe), (qmix_smacv2, qmix_mpe)
+CPU = torch.device("cpu")
+SIZES = SimpleNamespace(num_agents=3, num_actions=5, obs_size=4, state_size=6)  # all that networks know of a game
+
+
+def over(scripts):
+    """The test runs once for each of these scripts."""
+    return pytest.mark.parametrize("script", scripts, ids=lambda script: script.__name__)
+
+
+# --- Episodes and networks ---
+
+
+def random_episode(length: int, rng, ended=True, game=SIZES, choice=True) -> dict[str, np.ndarray]:
+    """Any numbers, and masks with at least one available action, of which one is taken; without choice exactly one."""
+    mask = rng.random((length + 1, game.num_agents, game.num_actions)) < (0.4 if choice else 0)
+    mask[..., 1] |= ~mask.any(-1)
+    terminated = np.zeros(length, bool)
+    terminated[-1] = ended
+    return {
+        "obs": rng.normal(size=(length + 1, game.num_agents, game.obs_size)).astype(np.float32),
+        "state": rng.normal(size=(length + 1, game.state_size)).astype(np.float32),
+        "mask": mask,
+        "action": (rng.random(mask.shape) * mask)[:-1].argmax(-1),
+        "reward": rng.normal(size=length).astype(np.float32),
+        "terminated": terminated,
+    }
+
+
+def random_episodes(lengths, seed=0, cut_off=(), **settings) -> list[dict]:
+    """Those with the numbers in cut_off have not ended for good."""
+    rng = np.random.default_rng(seed)
+    return [random_episode(n, rng, ended=i not in cut_off, **settings) for i, n in enumerate(lengths)]
+
+
+def make_args(script, **changes):
+    args = script.Args(**changes)
+    script.check_args(args)
+    return args
+
+
+def make_networks(script, args, dtype=torch.float32, game=SIZES):
+    """Untrained networks, their target a different one."""
+    networks = script.Networks(game, args)
+    networks.target = script.Critic(game, args)
+    return networks.to(dtype)
+
+
+def parts(networks) -> dict[str, torch.nn.Module]:
+    """The networks that there are: agent, g, mixer, their targets, and f."""
+    found = {"f": getattr(networks, "f", None)}
+    for prefix, critic in (("", networks.critic), ("target ", networks.target)):
+        found |= {prefix + name: getattr(critic, name, None) for name in ("agent", "g", "mixer")}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def new_optimizer(script, networks, kind=torch.optim.Adam, **settings):
+    return kind(networks.parameter_groups(), **settings)
+
+
+def step_agent(agent, obs, last_action, hidden):
+    """One step of each environment: obs (E, N, O), last_action (E, N), hidden (E, N, H) -> values (E, N, A), hidden."""
+    return agent.step(obs, last_action, hidden)
+
+
+def stand_in(function, hidden_size=64):
+    """An agent that computes values and the next hidden state by this function."""
+    return SimpleNamespace(step=function, hidden_size=hidden_size)
+
+
+def walk_agent(agent, episode) -> list[torch.Tensor]:
+    """The agent's values (N, A) at t = 0..L of an episode, step by step from no last action and a zero hidden state."""
+    obs, action = torch.tensor(episode["obs"]).to(agent.fc_in.weight.dtype), torch.tensor(episode["action"])
+    last, hidden, values = torch.full_like(action[:1], -1), obs.new_zeros(1, obs.shape[1], 64), []
+    for t in range(len(obs)):
+        value, hidden = step_agent(agent, obs[t : t + 1], last, hidden)
+        values.append(value[0])
+        last = action[t : t + 1]
+    return values
+
+
+def unroll_agent(agent, batch) -> list[torch.Tensor]:
+    """The agent's values (L+1, N, A) of each of a batch's episodes, computed at once."""
+    last_action = torch.full(batch.obs.shape[:2], -1)
+    last_action[batch.num_episodes[0] :] = batch.action
+    values = agent.unroll(agent.encode(batch.obs, last_action), batch.num_episodes)
+    return episode_by_episode(values, batch.num_episodes)
+
+
+# --- Replay and learning ---
+
+
+class Replay:
+    """A script's replay."""
+
+    def __init__(self, script, capacity: int, episodes=()):
+        self.script, self.memory = script, script.Replay(capacity, CPU)
+        for episode in episodes:
+            self.add(episode)
+
+    def __len__(self):
+        return len(self.memory)
+
+    def add(self, episode: dict) -> None:
+        self.memory.add({name: array.copy() for name, array in episode.items()})
+
+    def sample(self, batch_size: int):
+        return self.memory.sample(batch_size, CPU)
+
+    def episodes(self) -> list[dict]:
+        return stored_episodes(self.memory)
+
+    def restored(self, path, capacity: int) -> "Replay":
+        """What a checkpoint makes of it."""
+        torch.save(self.memory.state_dict(), path)
+        other = Replay(self.script, capacity)
+        other.memory.load_state_dict(torch.load(path, weights_only=True))
+        return other
+
+
+def stored_episodes(memory) -> list[dict]:
+    return [{name: value.numpy() for name, value in episode.items()} for episode in memory.episodes]
+
+
+def episode_by_episode(rows: torch.Tensor, num_episodes: list[int]) -> list[torch.Tensor]:
+    """Rows in order of time -> each episode's rows."""
+    times = rows.split(num_episodes)
+    return [torch.stack([time[b] for time in times if b < len(time)]) for b in range(num_episodes[0])]
+
+
+def order_of_time(columns: list[torch.Tensor]) -> torch.Tensor:
+    """Each episode's rows, the longest episode first -> rows in order of time."""
+    return torch.stack([c[t] for t in range(len(columns[0])) for c in columns if t < len(c)])
+
+
+def make_batch(script, episodes: list[dict], dtype=torch.float32):
+    """All of these episodes as one batch, and the episodes in the batch's order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", torch.arange)  # so that the order of episodes of one length is known
+        batch = Replay(script, len(episodes), episodes).sample(len(episodes))
+    for name in ("obs", "state", "reward"):
+        setattr(batch, name, getattr(batch, name).to(dtype))
+    return batch, sorted(episodes, key=lambda episode: len(episode["reward"]), reverse=True)
+
+
+def batch_episodes(batch) -> list[dict]:
+    """What is in a batch, episode by episode."""
+    whole = {name: batch.num_episodes for name in ("obs", "state", "mask")}
+    sizes = dict.fromkeys(("action", "reward", "terminated"), batch.num_episodes[1:]) | whole
+    columns = {name: episode_by_episode(getattr(batch, name), size) for name, size in sizes.items()}
+    return [{name: c[b].numpy() for name, c in columns.items()} for b in range(batch.num_episodes[0])]
+
+
+def no_dice(script, monkeypatch) -> None:
+    """From now on u' and the actions of the soft policy are its most probable ones."""
+    if script in SOFT:
+        monkeypatch.setattr(script, "sample_action", lambda log_policy, mask: log_policy.argmax(-1))
+
+
+def td_targets(script, columns: list[dict], gamma, td_lambda, alpha) -> list[torch.Tensor]:
+    """y_t of episodes given by reward, terminated, next_q and next_log_policy (L,); the longest episode comes first."""
+    batch, _ = make_batch(script, random_episodes([len(column["reward"]) for column in columns]))
+    names = ["reward", "terminated", "next_q"] + ["next_log_policy"] * (script in SOFT)
+    rows = [order_of_time([column[name] for column in columns]) for name in names]
+    y = script.td_lambda_targets(*rows, batch, gamma, td_lambda, *([alpha] if script in SOFT else []))
+    return episode_by_episode(y, batch.num_episodes[1:])
+
+
+def compute_losses(script, networks, batch, args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss that is minimised, and what is logged of it."""
+    return script.compute_losses(networks, batch, args)
+
+
+def update(script, networks, optimizer, batch, args) -> dict:
+    return script.update(networks, optimizer, batch, args)
+
+
+def move_target(script, networks, tau: float) -> None:
+    script.move_target(networks, tau)
+
+
+def act(script, networks, view: dict, last_action, hidden, exploration: float):
+    """Actions (E, N) and hidden state; exploration is alpha or epsilon."""
+    return script.act(networks, view, last_action, hidden, exploration)
+
+
+def acting_on(arguments: tuple) -> tuple:
+    """View, last action, hidden state and exploration, of the arguments that a script's act got."""
+    return arguments[1:]
+
+
+def log_policy(script, networks, values, state, mask, alpha: float) -> torch.Tensor:
+    """Of the soft policy, for the agent network's values (R, N, A)."""
+    return script.soft_log_policy(networks, values, state, mask, alpha)
+
+
+# --- Runs ---
+
+
+def evaluate(script, agent, env, episodes: int, seed: int = 7) -> dict:
+    """Greedy test episodes."""
+    if script in MPE:
+        return script.evaluate(agent, env, CPU, seed)
+    return script.evaluate(agent, env, episodes, seed, CPU)
+
+
+def train(script, args) -> dict:
+    """A run; returns what summary.json holds."""
+    return script.train(args)
+
+
+def evaluated_agent(arguments: tuple):
+    """Of the arguments that a script's evaluate got."""
+    return arguments[0]
+
+
+def checkpoint_of(run_dir) -> SimpleNamespace:
+    """The newest checkpoint: the networks' parameters, optimiser, replay, counts, and the policy written beside it."""
+    newest = max(Path(run_dir).glob("checkpoints/*"), key=lambda folder: int(folder.name))
+    saved, replay = torch.load(newest / "training.pt"), newest / "replay.pt"
+    networks = saved["networks"]
+    return SimpleNamespace(
+        saved=saved,
+        networks=networks,
+        agent={name.removeprefix("critic.agent."): x for name, x in networks.items() if "critic.agent." in name},
+        target_agent={name.removeprefix("target.agent."): x for name, x in networks.items() if "target.agent." in name},
+        optimizer=saved["optimizer"],
+        replay=torch.load(replay) if replay.exists() else None,
+        policy=torch.load(newest / "policy.pt", weights_only=True),
+        newest_policy=torch.load(Path(run_dir) / "policy.pt", weights_only=True),
+    )
+
+
+def read_metrics(run_dir, drop=("sps", "seconds")) -> list[dict[str, str]]:
+    """The rows of metrics.csv, without these columns."""
+    with open(Path(run_dir) / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(file)]
