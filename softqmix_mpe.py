@@ -41,11 +41,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from mpe2.simple_spread import simple_spread
-from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from envs.spread import Spread, SpreadMPE2, draw_episode, save_gif
 
 ALGORITHM = "softqmix_mpe"
 
@@ -75,7 +75,7 @@ class Args:
     evaluate: str | None = None
     """only evaluate this checkpoint folder, run folder or policy.pt"""
     capture_video: bool = False
-    """draw evaluation episodes of the final policy by mpe2's renderer, as a GIF"""
+    """draw evaluation episodes of the final policy, as a GIF"""
 
     total_timesteps: int = 10_000_000
     """environment steps, summed over environments (section 5.2)"""
@@ -159,192 +159,13 @@ def check_args(args: Args) -> None:
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 
-LEVELS = {"simple": 1.0, "medium": 1.5, "hard": 2.0}  # k, the half-width of the square in which the agents start
-FORCES = 5.0 * np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])  # (A, 2): stay, left, right, down, up
-OTHERS = np.array([[1, 2], [0, 2], [0, 1]])  # (N, 2): whom each agent sees and bumps into
-DT, DAMPING, CONTACT_DISTANCE, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 0.3, 100.0, 1e-3
-
-
-def start_positions(level: str, num_envs: int, seed: int, episode: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where agents (E, N, 2) and landmarks (E, N, 2) start: k U[-1, 1]^2 and 0.8 k U[-1, 1]^2.
-
-    The generator is keyed by (seed, episode) and environments draw in order of their index, so environment i starts
-    alike whatever happened before and however many environments run beside it.
-    """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, episode], np.uint64)))
-    points = LEVELS[level] * generator.uniform(-1, 1, (num_envs, 6, 2))
-    return points[:, :3], 0.8 * points[:, 3:]
-
-
-def distance(gap: np.ndarray) -> np.ndarray:  # (..., 2) -> (...)
-    x, y = gap[..., 0], gap[..., 1]
-    return np.sqrt(x * x + y * y)
-
-
-class Spread:
-    """MPE's Spread as in the Soft-QMIX paper: three agents cover three landmarks; E environments in one batch of numpy.
-
-    `reset` and `step` follow Gymnasium's vector environments in SAME_STEP mode: on the last step of an episode obs and
-    info already belong to the next one, info["final_obs"] and info["final_info"] to the one that ended. Every episode
-    has 25 steps, so all environments end together. The arrays returned are the caller's to keep.
-
-    Reward of the team per step: the sum over the three agents of -S - collisions, with S the sum over the landmarks of
-    the distance to the nearest agent. An agent counts as colliding with itself (-75 an episode), as in the original.
-    """
-
-    num_agents, num_actions, obs_size, state_size, episode_limit = 3, 5, 18, 54, 25
-
-    def __init__(self, level: str, num_envs: int, seed: int = 0):
-        self.level, self.num_envs = level, num_envs
-        self.seed, self.episode, self.t = seed, -1, 0
-        self.position = np.zeros((num_envs, 3, 2))  # of the agents, (E, N, 2)
-        self.velocity = np.zeros((num_envs, 3, 2))
-        self.landmark = np.zeros((num_envs, 3, 2))
-
-    def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
-        """Start a new episode everywhere: the first one of `seed`, or without a seed the next one in line."""
-        if seed is not None:
-            self.seed, self.episode = seed, -1
-        self.episode, self.t = self.episode + 1, 0
-        self.position, self.landmark = start_positions(self.level, self.num_envs, self.seed, self.episode)
-        self.velocity = np.zeros_like(self.position)
-        self._load()
-        return self.observe()
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Actions (E, N) -> obs (E, N, O), reward (E,), terminated (E,), truncated (E,), info."""
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs, 3) or actions.dtype.kind not in "iu":
-            raise ValueError(f"actions must be integers ({self.num_envs}, 3), not {actions.dtype} {actions.shape}")
-        bad = (actions < 0) | (actions >= self.num_actions)
-        if bad.any():
-            env, agent = np.argwhere(bad)[0]
-            raise ValueError(f"environment {env}, agent {agent}: action {actions[env, agent]} is not in 0..4")
-        self.t += 1
-        reward = self._move(actions).astype(np.float32)
-        terminated = np.full(self.num_envs, self.t == self.episode_limit)  # step 25 is a true end: no bootstrap
-        obs, info = self.observe()
-        if self.t == self.episode_limit:
-            final = {"final_obs": obs, "_final_obs": terminated.copy()}
-            final |= {"final_info": info, "_final_info": terminated.copy()}
-            obs, info = self.reset()
-            info |= final
-        return obs, reward, terminated, np.zeros_like(terminated), info
-
-    def observe(self) -> tuple[np.ndarray, dict]:
-        """What `reset` returns, for the present moment."""
-        obs = self._observe()
-        mask = np.ones((self.num_envs, 3, 5), bool)
-        return obs, {"state": obs.reshape(self.num_envs, 54).copy(), "action_mask": mask}
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        """Everything that `set_state` needs to go on exactly from here."""
-        clock = np.array([self.seed, self.episode, self.t], np.int64)
-        arrays = {"position": self.position, "velocity": self.velocity, "landmark": self.landmark, "clock": clock}
-        return {name: array.copy() for name, array in arrays.items()}
-
-    def set_state(self, state: dict[str, np.ndarray]) -> tuple[np.ndarray, dict]:
-        """Go on from what `get_state` gave, of either backend; returns what `reset` returns."""
-        for name in ("position", "velocity", "landmark"):
-            array = np.array(state[name], np.float64)
-            if array.shape != (self.num_envs, 3, 2):
-                raise ValueError(f"{name} has shape {array.shape}, not ({self.num_envs}, 3, 2)")
-            setattr(self, name, array)
-        self.seed, self.episode, self.t = (int(number) for number in state["clock"])
-        self._load()
-        return self.observe()
-
-    def _load(self) -> None:
-        """Pass positions and velocities on to the physics: nothing to do here."""
-
-    def _move(self, actions: np.ndarray) -> np.ndarray:
-        """One step of the physics, in float64; returns the reward (E,)."""
-        towards = self.position[:, OTHERS] - self.position[:, :, None]  # (E, N, 2 others, 2)
-        apart = distance(towards)
-        overlap = CONTACT_MARGIN * np.logaddexp(0, (CONTACT_DISTANCE - apart) / CONTACT_MARGIN)  # a soft max(0, .)
-        force = FORCES[actions] - CONTACT_FORCE * (towards * (overlap / apart)[..., None]).sum(2)
-        self.velocity = self.velocity * (1 - DAMPING) + force * DT
-        self.position = self.position + self.velocity * DT  # by the new velocity; today's mpe2 uses the old one
-
-        to_landmark = distance(self.landmark[:, :, None] - self.position[:, None])  # (E, landmarks, N)
-        apart = distance(self.position[:, OTHERS] - self.position[:, :, None])  # (E, N, 2 others)
-        collisions = 3 + (apart < CONTACT_DISTANCE).sum((1, 2))  # 3: each agent with itself
-        return -3 * to_landmark.min(2).sum(1) - collisions
-
-    def _observe(self) -> np.ndarray:
-        obs = np.zeros((self.num_envs, 3, 18), np.float32)  # the last four, messages of the others, stay 0
-        here = self.position[:, :, None]
-        obs[..., 0:2], obs[..., 2:4] = self.velocity, self.position
-        obs[..., 4:10] = (self.landmark[:, None] - here).reshape(-1, 3, 6)
-        obs[..., 10:14] = (self.position[:, OTHERS] - here).reshape(-1, 3, 4)
-        return obs
-
-
-class VelocityFirst(simple_spread.ExtendedWorld):
-    """mpe2's world with the original order of integration: velocity, then position by the new velocity."""
-
-    def integrate_state(self, p_force):
-        for agent, force in zip(self.agents, p_force, strict=False):  # landmarks, after the agents, do not move
-            agent.state.p_vel = agent.state.p_vel * (1 - self.damping) + force / agent.mass * self.dt
-            agent.state.p_pos = agent.state.p_pos + agent.state.p_vel * self.dt
-
-
-class GivenStart(simple_spread.Scenario):
-    """mpe2's scenario with its start states taken from `start` = agents' positions, velocities, landmarks: (3, 2)."""
-
-    def reset_world(self, world, np_random):
-        super().reset_world(world, np_random)
-        position, velocity, landmark = self.start
-        for i in range(3):
-            world.agents[i].state.p_pos, world.agents[i].state.p_vel = position[i].copy(), velocity[i].copy()
-            world.landmarks[i].state.p_pos = landmark[i].copy()
-
-
-class SpreadMPE2(Spread):
-    """The same environment on PettingZoo's parallel environment mpe2.simple_spread_v3: slower, and it can be drawn."""
-
-    def __init__(self, level: str, num_envs: int, seed: int = 0):
-        super().__init__(level, num_envs, seed)
-        options = {"N": 3, "local_ratio": 0.5, "max_cycles": self.episode_limit, "render_mode": "rgb_array"}
-        self.envs = [simple_spread.parallel_env(**options) for _ in range(num_envs)]
-        for env in self.envs:
-            env.unwrapped.world.__class__ = VelocityFirst
-            env.unwrapped.scenario = GivenStart()
-
-    def render(self, env_index: int) -> np.ndarray:
-        """A picture (700, 700, 3) uint8 of the present moment, zoomed so that everything fits; needs no display."""
-        return self.envs[env_index].render()
-
-    def _load(self) -> None:
-        for env, *start in zip(self.envs, self.position, self.velocity, self.landmark, strict=True):
-            env.unwrapped.scenario.start = start
-            env.reset()
-            env.unwrapped.original_cam_range = 1.0  # draws the agents to scale: circles touch where agents do
-
-    def _move(self, actions: np.ndarray) -> np.ndarray:
-        reward = np.zeros(self.num_envs)
-        for e, env in enumerate(self.envs):
-            # mpe2 truncates at step 25; `step` calls the same moment terminated.
-            rewards = env.step(dict(zip(env.possible_agents, actions[e].tolist(), strict=True)))[1]
-            # Each agent gets (-S - its collisions with others) / 2; the original counts S and itself for each agent.
-            reward[e] = 2 * sum(rewards.values()) - 3
-            self.position[e] = [agent.state.p_pos for agent in env.unwrapped.world.agents]
-            self.velocity[e] = [agent.state.p_vel for agent in env.unwrapped.world.agents]
-        return reward
-
-    def _observe(self) -> np.ndarray:
-        return np.stack([env.state().reshape(3, 18) for env in self.envs])
-
-
-def save_gif(path: str, frames: list[np.ndarray], fps: int = 10) -> None:
-    """Write frames (H, W, 3) uint8 as an endless GIF."""
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-
 
 def make_env(args: Args, num_envs: int, seed: int) -> Spread:
     """Episodes as a batch: observations (E, N, O), state (E, S), action mask (E, N, A); ended ones restart at once."""
-    return (Spread if args.backend == "batched" else SpreadMPE2)(args.level, num_envs, seed)
+    try:
+        return (Spread if args.backend == "batched" else SpreadMPE2)(args.level, num_envs, seed)
+    except ValueError as error:
+        raise InputError(error) from None
 
 
 # --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
@@ -791,23 +612,24 @@ def act(networks: Networks, view: dict[str, torch.Tensor], last_action, hidden, 
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, env: Spread, device: torch.device, seed: int = 2**31, frames: list | None = None) -> dict:
+def evaluate(agent: Agent, env: Spread, device: torch.device, seed: int = 2**31, record: list | None = None) -> dict:
     """One greedy, decentralised episode in every environment; the seed, which no training has, fixes the start states.
 
-    Returns the number of episodes, and mean, standard deviation and standard error of their returns. Pictures of the
-    first environment, which then is a SpreadMPE2, are appended to `frames`.
+    Returns the number of episodes, and mean, standard deviation and standard error of their returns. What the first
+    environment's agents saw before and after each step, and the reward, is appended to `record`.
     """
     obs, info = env.reset(seed=seed)
     hidden = torch.zeros(env.num_envs, env.num_agents, agent.hidden_size, device=device)
     last_action = torch.full((env.num_envs, env.num_agents), -1, device=device)
     returns = np.zeros(env.num_envs)
     for _ in range(env.episode_limit):
-        if frames is not None:
-            frames.append(env.render(0))
         stage1, hidden = agent.step(torch.from_numpy(obs).to(device), last_action, hidden)
         last_action = greedy_action(stage1, torch.from_numpy(info["action_mask"]).to(device))
+        before = obs[0]
         obs, reward, *_, info = env.step(last_action.cpu().numpy())
         returns += reward
+        if record is not None:
+            record.append((before, info.get("final_obs", obs)[0], reward[0]))  # (N, O), (N, O), float
     return {
         "episodes": len(returns),
         "return_mean": float(returns.mean()),
@@ -817,10 +639,15 @@ def evaluate(agent: Agent, env: Spread, device: torch.device, seed: int = 2**31,
 
 
 def capture_video(agent: Agent, level: str, device: torch.device, path: Path, episodes: int = 3) -> Summary.Image:
-    """Write greedy episodes, drawn by mpe2, as a GIF; return it for TensorBoard, which plays it among its images."""
+    """Write greedy episodes as a GIF; return it for TensorBoard, which plays it among its images."""
     frames: list[np.ndarray] = []
     for episode in range(episodes):
-        evaluate(agent, SpreadMPE2(level, 1), device, seed=2**31 + episode, frames=frames)
+        record: list[tuple] = []
+        evaluate(agent, Spread(level, 1), device, seed=2**31 + episode, record=record)
+        before, after, rewards = zip(*record, strict=True)
+        obs = np.stack([before[0], *after])  # (T + 1, N, O)
+        landmarks = obs[0, 0, 4:10].reshape(3, 2) + obs[0, 0, 2:4]
+        frames += draw_episode(obs[..., 2:4], landmarks, rewards)
     save_gif(str(path), frames)
     height, width, _ = frames[0].shape
     return Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())

@@ -18,20 +18,14 @@ E environments, S state, O observation, H hidden state; M rows of a batch with t
 import contextlib
 import copy
 import dataclasses
-import importlib.metadata
-import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import platform
-import random
 import shutil
 import signal
-import socket
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -46,7 +40,8 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from smacv2_sim import RACES, SIMULATOR_VERSION, SMACv2Sim, expected_max_reward, parse_map_name
+from envs.smacv2_sim import SIMULATOR_VERSION, SMACv2Sim, parse_map_name
+from envs.starcraft2 import StarCraft2, check_env, check_starcraft2
 
 ALGORITHM = "softqmix_smacv2"
 
@@ -178,359 +173,6 @@ def check_args(args: Args) -> None:
         raise InputError(f"--compile needs {compiler} and Python.h (python3-dev): install both, or take --no-compile.")
 
 
-# --- StarCraft II, through the smacv2 package: docs/starcraft2.md -----------------------------------------------------
-
-SC2_MAP = "Maps/SMAC_Maps/32x32_flat.SC2Map"  # the one map file of all SMACv2 scenarios, inside the game's folder
-
-
-def check_starcraft2(map_name: str) -> dict[str, str]:
-    """Return the game's path and the packages' versions; raise InputError, saying in one sentence what is missing.
-
-    Looks without importing anything: smacv2 is slow to import, and parses the command line while it is at it.
-    """
-    parse_map_name(map_name)
-    packages = ("smacv2", "pysc2", "s2clientprotocol")
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    folder = Path(os.environ.get("SC2PATH", "~/StarCraftII")).expanduser()
-    games = sorted(game for game in folder.glob("Versions/Base*/SC2_x64") if os.access(game, os.X_OK))
-    for wrong, sentence in (
-        (sys.platform != "linux", "The game runs without a screen on Linux only (on Windows: in WSL 2)"),
-        (missing, f"Python package {' and '.join(missing)} not installed: pip install -r requirements-smacv2.txt"),
-        (not folder.is_dir(), f"No StarCraft II in {folder}: unpack the Linux package 4.10 there, or set SC2PATH"),
-        (not games, f"No executable Versions/Base*/SC2_x64 in {folder}: unpack the Linux package 4.10 again"),
-        (not (folder / SC2_MAP).is_file(), f"No map {folder / SC2_MAP}: copy the smacv2 repository's SMAC_Maps there"),
-    ):
-        if wrong:
-            raise InputError(f"{sentence}, see docs/starcraft2.md.")
-    found = {"game": str(games[-1])}
-    for name in (*packages, "protobuf"):
-        found[name] = "not installed by pip"  # such as a source folder on PYTHONPATH
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def sc2_config(map_name: str, **options) -> dict:
-    """The standard SMACv2 configuration of a map; what is not listed has the package's default."""
-    race, num_agents, num_enemies = parse_map_name(map_name)
-    types, weights, exception = RACES[race]
-    team = {"dist_type": "weighted_teams", "unit_types": list(types), "weights": list(weights), "observe": True}
-    capabilities = {
-        "n_units": num_agents,
-        "n_enemies": num_enemies,
-        "team_gen": team | {"exception_unit_types": [exception]},
-        "start_positions": {"dist_type": "surrounded_and_reflect", "p": 0.5, "map_x": 32, "map_y": 32},
-    }
-    standard = {"obs_own_pos": True, "use_unit_ranges": True, "min_attack_range": 2, "capability_config": capabilities}
-    return {"map_name": f"10gen_{race}", **standard, **options}
-
-
-def seed_generators(thing, seeds: np.random.SeedSequence) -> None:
-    """Seed the generators of teams and start positions, which lie nested in one another; the package never does."""
-    for name, value in vars(thing).items():
-        if isinstance(value, np.random.Generator):
-            setattr(thing, name, np.random.default_rng(seeds.spawn(1)[0]))
-        elif hasattr(value, "generate"):
-            seed_generators(value, seeds)
-
-
-def sc2_worker(pipe, config: dict, seed: list[int], max_reward: float | None, fix_wipe: bool, timeout: float, tmp: str):
-    """One process with one game. Sends a reply to every command; after any error a sentence instead, and ends."""
-
-    def kill_group(*_):
-        os.kill(0, signal.SIGKILL)  # 0: everybody in the caller's process group
-
-    os.setsid()  # a process group of its own, for worker and game: killing it leaves nothing behind
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes the pipe
-    signal.signal(signal.SIGTERM, kill_group)
-    trainer = multiprocessing.parent_process()
-    threading.Thread(target=lambda: kill_group(trainer.join()), daemon=True).start()  # the trainer may be killed, too
-    tempfile.tempdir = tmp  # the trainer removes this folder, with what a killed game leaves in it
-    for stream in (1, 2):  # the game is talkative
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    wrapper = None
-    try:
-        import portpicker
-        from absl import flags
-        from smacv2.env import StarCraftCapabilityEnvWrapper
-
-        pick, reserved = portpicker.pick_unused_port, []
-
-        def pick_port() -> int:
-            """Reserve the game's TCP port until it listens by holding the UDP port: pickers want both to be free."""
-            while True:
-                reserved[:] = [socket.socket(type=socket.SOCK_DGRAM)]
-                with contextlib.suppress(OSError):
-                    reserved[0].bind(("", port := pick()))
-                    return port
-
-        def game_lost():
-            raise ConnectionError("the game crashed or did not answer")
-
-        def seed_all(seed: list[int]) -> None:
-            seeds = np.random.SeedSequence(seed)
-            random.seed(int(seeds.generate_state(1)[0]))  # shuffles the teams, and the agents when they look around
-            np.random.seed(seeds.generate_state(2)[1])  # noqa: NPY002
-            for distribution in wrapper.env_key_to_distribution_map.values():
-                seed_generators(distribution, seeds)
-
-        def look(obs: list[np.ndarray]) -> tuple:
-            """obs is the result of this step's only get_obs(): a call also records which agent saw which enemy."""
-            obs = np.stack(obs)  # (N, O)
-            if fix_wipe:  # an enemy that is hidden wipes rows: hide none, look again, then hide row by row
-                seen = env.obs_enemies.copy()  # (enemies, N)
-                env.obs_enemies[:] = 1
-                obs = np.stack(env.get_obs())
-                env.obs_enemies[:] = seen
-                rows, width = env.get_obs_enemy_feats_size()
-                obs[:, 4 : 4 + rows * width] *= seen.T.repeat(width, axis=1)
-            return obs, env.get_state(), np.array(env.get_avail_actions(), bool)
-
-        def begin() -> tuple:
-            teams_and_positions = {}
-            for distribution in wrapper.env_key_to_distribution_map.values():
-                teams_and_positions |= distribution.generate()
-            obs, _ = env.reset(teams_and_positions)  # wrapper.reset() would return None where units do not spawn
-            if any(unit.health <= 0 for unit in env.agents.values()):
-                raise RuntimeError("a battle began with dead agents")
-            env._episode_count = max(1, env._episode_count)  # at 0 another reset would launch another game
-            if max_reward is not None:
-                env.max_reward = max_reward  # or else the enemies of this process's first battle have set it
-            return look(obs)
-
-        flags.FLAGS.sc2_timeout = int(timeout / 2)  # the game's, before the trainer's patience with this process ends
-        portpicker.pick_unused_port = pick_port
-        game_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        wrapper = StarCraftCapabilityEnvWrapper(**config, seed=game_seed)
-        env = wrapper.env
-        env.full_restart = game_lost  # the package would go on with an empty battle
-        seed_all(seed)
-        while True:
-            command, argument = pipe.recv()
-            reward, terminated, final, outcome = 0.0, False, None, (False, 0, 0)
-            if command == "reset":
-                if argument is not None:
-                    seed_all(argument)
-                battle = begin()
-            elif command == "step":
-                reward, terminated, info = env.step(argument)
-                outcome = info["battle_won"], info["dead_allies"], info["dead_enemies"]
-                battle = look(env.get_obs())
-                if terminated:
-                    final = (*battle, *outcome)
-                    battle = begin()
-            else:  # "save_replay"
-                final = env._run_config.save_replay(env._controller.save_replay(), *argument)
-            pipe.send((reward, terminated, final, (*battle, *outcome)))
-    except EOFError:  # the trainer has closed the pipe
-        pass
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            pipe.send(f"{type(error).__name__}: {error}")
-    finally:
-        if wrapper is not None:
-            wrapper.close()
-
-
-class StarCraft2:
-    """E battles of StarCraft II, each a game with a worker process of its own; the interface is that of SMACv2Sim.
-
-    Whatever goes wrong - a game crashes, hangs, spawns no units, a worker dies - has one cure: the worker's process
-    group is killed and a new worker begins a new battle. info["invalid"] marks the environment: what was collected of
-    its lost battle must be thrown away, and the observation is the first of the new one.
-    """
-
-    max_failures = 5  # of one worker in a row, without a battle finished between them
-
-    def __init__(
-        self,
-        map_name: str,
-        num_envs: int,
-        seed: int = 0,
-        *,
-        reward_scale: str = "expected",
-        fix_enemy_wipe: bool = False,
-        prob_obs_enemy: float = 1.0,
-        action_mask: bool = True,
-        timeout: float = 180.0,
-    ):
-        check_starcraft2(map_name)
-        race, N, enemies = parse_map_name(map_name)
-        shield = race == "protoss"
-        self.map_name, self.num_envs, self.num_agents, self.num_enemies = map_name, num_envs, N, enemies
-        self.num_actions = 6 + (max(N, enemies) if race == "terran" else enemies)  # a medivac's targets are allies
-        self.obs_size = 4 + (enemies + N - 1) * (8 + shield) + 6 + shield
-        self.state_size = N * (7 + shield) + enemies * (6 + shield) + N * self.num_actions
-        self.episode_limit = 200
-        self.seed, self.timeout = seed, timeout
-        self.restarts = 0  # workers replaced
-        self._lost = False  # all battles, by set_state
-        self._config = sc2_config(map_name, prob_obs_enemy=prob_obs_enemy, action_mask=action_mask)
-        self._max_reward = expected_max_reward(race, N, enemies) if reward_scale == "expected" else None
-        self._fix_wipe = fix_enemy_wipe
-        self._workers, self._pipes, self._folders = ([None] * num_envs for _ in range(3))
-        self._starts, self._failures = np.zeros(num_envs, int), np.zeros(num_envs, int)
-        for e in range(num_envs):
-            self._start(e)
-
-    def _seed(self, e: int) -> list[int]:
-        """Other teams and positions in every environment, and after every restart."""
-        return [self.seed, e, int(self._starts[e])]
-
-    def _start(self, e: int) -> None:
-        context = multiprocessing.get_context("spawn")  # not fork: the trainer has threads and a GPU
-        self._pipes[e], pipe = context.Pipe()
-        self._folders[e] = tempfile.TemporaryDirectory(prefix="sc2-", ignore_cleanup_errors=True)
-        options = (self._seed(e), self._max_reward, self._fix_wipe, self.timeout, self._folders[e].name)
-        self._workers[e] = context.Process(target=sc2_worker, args=(pipe, self._config, *options), daemon=True)
-        self._workers[e].start()
-        pipe.close()  # the worker's end is then its alone: if it dies, this side reads the end of file
-        self._starts[e] += 1
-
-    def _kill(self, e: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # there is no group before the worker's first line
-            os.killpg(self._workers[e].pid, signal.SIGKILL)
-        self._workers[e].kill()
-        self._workers[e].join()
-        self._pipes[e].close()
-        self._folders[e].cleanup()
-
-    def _send(self, e: int, command: str, argument=None) -> None:
-        with contextlib.suppress(OSError):  # a dead worker is noticed when it does not answer
-            self._pipes[e].send((command, argument))
-
-    def _receive(self, e: int, deadline: float) -> tuple | str:
-        """A worker's reply, or why there is none."""
-        try:
-            if self._pipes[e].poll(max(0.0, deadline - time.monotonic())):
-                return self._pipes[e].recv()
-            return f"no answer within {self.timeout:.0f} s"
-        except (EOFError, OSError):
-            return "the worker process died"
-
-    def _replace(self, e: int, reason: str) -> None:
-        self._kill(e)
-        self.restarts += 1
-        self._failures[e] += 1
-        if self._failures[e] >= self.max_failures:
-            self.close()
-            raise ConnectionError(f"StarCraft II failed {self._failures[e]} times in a row, the last time: {reason}")
-        time.sleep(2.0 ** (self._failures[e] - 1) - 1)
-        self._start(e)
-        self._send(e, "reset")
-
-    def _collect(self):
-        """All workers' replies as one batch; where a battle was lost, the beginning of another one."""
-        replies, invalid = [None] * self.num_envs, np.zeros(self.num_envs, bool)
-        while missing := [e for e, reply in enumerate(replies) if reply is None]:
-            deadline = time.monotonic() + self.timeout
-            for e in missing:
-                reply = self._receive(e, deadline)
-                if isinstance(reply, str):
-                    invalid[e] = True
-                    self._replace(e, reply)
-                else:
-                    replies[e] = reply
-        reward, terminated, finals, battles = zip(*replies, strict=True)
-        terminated = np.array(terminated)
-        self._failures[terminated] = 0
-        obs, info = self._stack(battles)
-        self._mask = info["action_mask"]
-        info["invalid"] = invalid
-        if terminated.any():
-            zeros = [np.zeros_like(field) for field in battles[0]]
-            final_obs, final_info = self._stack([zeros if final is None else final for final in finals])
-            info |= {"final_obs": final_obs, "_final_obs": terminated}
-            info |= {"final_info": final_info, "_final_info": terminated}
-        return obs, np.array(reward, np.float32), terminated, np.zeros_like(terminated), info, finals
-
-    @staticmethod
-    def _stack(battles) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        obs, *fields = (np.array(field) for field in zip(*battles, strict=True))  # (E, N, O); (E, S), (E, N, A), (E,)
-        return obs, dict(
-            zip(("state", "action_mask", "battle_won", "dead_allies", "dead_enemies"), fields, strict=True)
-        )
-
-    def _begin(self, seeded: bool):
-        """New battles everywhere, of new seeds or going on with the workers' generators."""
-        self._lost = False
-        for e in range(self.num_envs):
-            self._send(e, "reset", self._seed(e) if seeded else None)
-        self._starts += seeded
-        return self._collect()
-
-    def reset(self, seed: int | None = None):
-        """A seed fixes the battles' teams and positions, but not the game's own dice, cast when it was launched."""
-        if seed is not None:
-            self.seed, self._starts[:] = seed, 0
-        obs, *_, info, _ = self._begin(seeded=seed is not None)
-        return obs, info
-
-    def step(self, actions: np.ndarray):
-        """actions (E, N) -> obs (E, N, O), reward (E,), terminated (E,), truncated (E,), info. Autoreset: SAME_STEP."""
-        if self._lost:
-            *batch, info, _ = self._begin(seeded=True)
-            info["invalid"][:] = True
-            return *batch, info
-        if not np.take_along_axis(self._mask, actions[..., None], axis=-1).all():
-            raise ValueError("an agent got an action that its mask forbids")  # the game would be lost over it
-        for e, action in enumerate(actions.tolist()):
-            self._send(e, "step", action)
-        return self._collect()[:-1]
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        """For a checkpoint: a battle cannot be saved, only which seeds have been used."""
-        return {"starts": self._starts.copy()}
-
-    def set_state(self, saved: dict) -> None:
-        """Go on from a checkpoint: its battles are lost, so the next step begins others and calls all rows invalid."""
-        self._starts[:], self._lost = np.asarray(saved["starts"]), True
-
-    def save_replay(self, folder: str | Path, prefix: str) -> list[str]:
-        """Save a replay of each game, all its battles since it was launched, and return the files."""
-        for e in range(self.num_envs):
-            self._send(e, "save_replay", (str(Path(folder).resolve()), f"{prefix}_{e}"))
-        return [str(file) for file in self._collect()[-1] if file]
-
-    def close(self) -> None:
-        """End all workers and games. Without it they end with the trainer, however that ends."""
-        for pipe in self._pipes:
-            pipe.close()
-        deadline = time.monotonic() + 5.0
-        for worker in self._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-        for e in range(self.num_envs):
-            self._kill(e)
-
-
-def check_env(map_name: str) -> None:
-    """Play one battle with random actions and print what was found; raise InputError if something is missing."""
-    for name, version in check_starcraft2(map_name).items():
-        print(f"{name:18} {version}")
-    start, steps, total, rng = time.perf_counter(), 0, 0.0, np.random.default_rng(0)
-    env = StarCraft2(map_name, 1)
-    env.max_failures = 1
-    try:
-        _, info = env.reset()
-        launched = time.perf_counter()
-        terminated = [False]
-        while not terminated[0]:
-            actions = (rng.random(info["action_mask"].shape) * info["action_mask"]).argmax(-1)  # (1, N)
-            _, reward, terminated, _, info = env.step(actions)
-            steps, total = steps + 1, total + float(reward[0])
-        ended = time.perf_counter()
-    except ConnectionError as error:
-        raise InputError(error) from None
-    finally:
-        env.close()
-    print(f"{'agents, enemies':18} {env.num_agents}, {env.num_enemies}")
-    print(f"{'obs, state, actions':18} {env.obs_size}, {env.state_size}, {env.num_actions}")
-    print(
-        f"one battle: launched in {launched - start:.1f} s, {steps} steps at {steps / (ended - launched):.0f} steps/s,"
-    )
-    print(f"return {total:.2f}, {'won' if info['battle_won'][0] else 'not won'}")
-
-
 # --- Environment: one of two games ------------------------------------------------------------------------------------
 
 
@@ -541,7 +183,7 @@ def choose_backend(args: Args) -> str:
         try:
             check_starcraft2(args.map)
             backend = "starcraft2"
-        except InputError as error:
+        except ValueError as error:
             if args.backend == "starcraft2":
                 raise InputError(f"--backend starcraft2: {error}") from None
     other, options = ("StarCraft II", GAME_OPTIONS) if backend == "sim" else ("the simulator", {"enemy_wipe": False})
@@ -551,12 +193,15 @@ def choose_backend(args: Args) -> str:
     return backend
 
 
-def make_env(args: Args, num_envs: int, seed: int, backend: str = "sim") -> "SMACv2Sim | StarCraft2":
+def make_env(args: Args, num_envs: int, seed: int, backend: str = "sim") -> SMACv2Sim | StarCraft2:
     """Battles as a batch: observations (E, N, O), state (E, S), action mask (E, N, A); ended ones restart at once."""
-    if backend == "sim":
-        return SMACv2Sim(args.map, num_envs, seed, reward_scale=args.reward_scale, enemy_wipe=args.enemy_wipe)
-    options = {name: getattr(args, name) for name in ("fix_enemy_wipe", "prob_obs_enemy", "action_mask")}
-    return StarCraft2(args.map, num_envs, seed, reward_scale=args.reward_scale, **options)
+    try:
+        if backend == "sim":
+            return SMACv2Sim(args.map, num_envs, seed, reward_scale=args.reward_scale, enemy_wipe=args.enemy_wipe)
+        options = {name: getattr(args, name) for name in ("fix_enemy_wipe", "prob_obs_enemy", "action_mask")}
+        return StarCraft2(args.map, num_envs, seed, reward_scale=args.reward_scale, **options)
+    except ValueError as error:
+        raise InputError(error) from None
 
 
 # --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
@@ -684,7 +329,7 @@ class TransformF(nn.Module):
 class Critic(nn.Module):
     """theta: the agent network, g and the mixer, trained by L_Q (Eq. 13). Q_i always means g_i(f^stage1(o_i), s)."""
 
-    def __init__(self, env: "SMACv2Sim | StarCraft2", args: Args):
+    def __init__(self, env: SMACv2Sim | StarCraft2, args: Args):
         super().__init__()
         self.agent = Agent(env.obs_size, env.num_agents, env.num_actions)
         self.g = TransformG(env.state_size, env.num_agents) if args.use_g else None
@@ -698,7 +343,7 @@ class Critic(nn.Module):
 class Networks(nn.Module):
     """All networks of a run: the critic theta, its target copy theta-bar, and f, phi, trained by L_pi (Eq. 14)."""
 
-    def __init__(self, env: "SMACv2Sim | StarCraft2", args: Args):
+    def __init__(self, env: SMACv2Sim | StarCraft2, args: Args):
         super().__init__()
         self.critic = Critic(env, args)
         self.target = copy.deepcopy(self.critic)
@@ -841,7 +486,7 @@ class Replay:
 class Recorder:
     """The unfinished episodes of E environments, from which `finish` cuts out those that have ended."""
 
-    def __init__(self, env: "SMACv2Sim | StarCraft2"):
+    def __init__(self, env: SMACv2Sim | StarCraft2):
         E, T, N = env.num_envs, env.episode_limit, env.num_agents
         self.arrays = {
             "t": np.zeros(E, np.int64),
@@ -1007,7 +652,7 @@ def act(networks: Networks, view: dict[str, torch.Tensor], last_action, hidden, 
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, env: "SMACv2Sim | StarCraft2", episodes: int, seed: int, device: torch.device) -> dict:
+def evaluate(agent: Agent, env: SMACv2Sim | StarCraft2, episodes: int, seed: int, device: torch.device) -> dict:
     """Greedy, decentralised battles; every environment plays the same number, so short ones are not over-represented.
 
     `episodes` must be a multiple of env.num_envs. Returns the number of battles, mean and standard deviation of their
@@ -1041,7 +686,7 @@ def evaluate(agent: Agent, env: "SMACv2Sim | StarCraft2", episodes: int, seed: i
     }
 
 
-def make_eval_env(args: Args, backend: str = "sim") -> "SMACv2Sim | StarCraft2":
+def make_eval_env(args: Args, backend: str = "sim") -> SMACv2Sim | StarCraft2:
     """As many environments as divide the number of battles: up to 64, or up to --num-envs games of their own."""
     most = 64 if backend == "sim" else args.num_envs
     return make_env(args, max(n for n in range(1, most + 1) if args.eval_episodes % n == 0), args.seed, backend)
@@ -1186,7 +831,7 @@ def banner(backend: str) -> str:
     return f"{'=' * len(text)}\n{text}\n{'=' * len(text)}"
 
 
-def choose_buffer_device(args: Args, env: "SMACv2Sim | StarCraft2", device: torch.device) -> torch.device:
+def choose_buffer_device(args: Args, env: SMACv2Sim | StarCraft2, device: torch.device) -> torch.device:
     """Print how much memory the replay takes, and return where it is kept."""
     N = env.num_agents
     step_bytes = 4 * N * env.obs_size + 4 * env.state_size + N * env.num_actions + 8 * N + 4 + 1
@@ -1434,7 +1079,10 @@ def main() -> int:
     try:
         if args.check_env:
             check_args(args)
-            check_env(args.map)
+            try:
+                check_env(args.map)
+            except ValueError as error:
+                raise InputError(error) from None
             return 0
         if "" in (args.run_dir, args.resume, args.evaluate):
             raise InputError("--run-dir, --resume and --evaluate need a path, not an empty word: leave them out.")

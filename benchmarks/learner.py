@@ -37,7 +37,7 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import softqmix_smacv2 as script
 from benchmarks.options import wrong_gpu_option, wrong_json
-from smacv2_sim import SMACv2Sim, random_actions
+from envs.smacv2_sim import SMACv2Sim, random_actions
 
 SIZES = {  # fixed length; agents, observation, state, actions
     "mpe": (25, SimpleNamespace(num_agents=3, obs_size=18, state_size=54, num_actions=5)),

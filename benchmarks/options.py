@@ -5,13 +5,15 @@ import os
 
 def wrong_maps(maps) -> str | None:
     """What is wrong with the names of SMACv2 maps."""
-    from smacv2_sim import parse_map_name  # not above: numba must not be imported before its number of threads is set
+    from envs.smacv2_sim import (
+        parse_map_name,  # not above: numba must not be imported before its number of threads is set
+    )
 
     try:
         for map_name in maps:
             parse_map_name(map_name)
     except ValueError as error:
-        return f"--maps: {error}."
+        return f"--maps: {error}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Environment steps per second of smacv2_sim.py, beside SMAX where that is installed.
+"""Environment steps per second of envs/smacv2_sim.py, beside SMAX where that is installed.
 
     python benchmarks/simulator.py                                          # every map, about ten minutes
     python benchmarks/simulator.py --maps protoss_5_vs_5 --battles 64 --seconds 5
@@ -50,7 +50,7 @@ def measure_simulator(map_name, num_envs, seconds):
     """Step random battles for `seconds` of step time. Returns: dict of env steps per wall and per CPU second."""
     import numpy as np
 
-    from smacv2_sim import SMACv2Sim, random_actions
+    from envs.smacv2_sim import SMACv2Sim, random_actions
 
     env = SMACv2Sim(map_name, num_envs, seed=0)
     rng = np.random.default_rng(0)

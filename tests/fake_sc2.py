@@ -1,7 +1,7 @@
 """A stand-in for the StarCraft II executable, so that the real smacv2 package can be tested without the game.
 
-It answers the requests that smacv2 sends (protobuf messages over a websocket), and fights its battles with the kernel
-of smacv2_sim.py. `install(folder)` makes a folder to point SC2PATH to. It needs smacv2's packages and `websockets`.
+It answers the requests that smacv2 sends (protobuf messages over a websocket), and fights its battles with the
+simulator's kernels. `install(folder)` makes a folder to point SC2PATH to. It needs smacv2's packages and `websockets`.
 
 Environment variables make it fail. FAKE_SC2_FAULT is "<kind>@<n>", in the n-th step request of a process, or
 "<kinds, separated by commas>%<n>", in each step request with probability 1/n:
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smacv2_sim import (
+from envs.smacv2_sim import (
     MAP_SIZE,
     MOVE,
     NO_ORDER,

@@ -113,7 +113,9 @@ def test_impossible_options_are_refused_before_the_work(monkeypatch, capsys, mod
 
 
 def test_simulator_names_an_unknown_map():
-    run = subprocess.run([sys.executable, ROOT / "smacv2_sim.py", "foo"], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "envs.smacv2_sim", "foo"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: unknown map 'foo'")
     assert len(run.stderr.splitlines()) == 1

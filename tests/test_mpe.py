@@ -31,7 +31,7 @@ def test_run_leaves_the_promised_files_and_a_video(script, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == ["0", "500", "1000"]
     video = Image.open(tmp_path / "evaluation.gif")
     shown = [video.seek(i) or video.info["duration"] for i in range(video.n_frames)]  # a still is one longer frame
-    assert sum(shown) == 3 * 25 * 100
+    assert sum(shown) == 3 * (26 + 9) * 100  # the end of each episode is shown for a second
     images = EventAccumulator(str(tmp_path)).Reload().Images("evaluation")
     assert images[0].encoded_image_string == (tmp_path / "evaluation.gif").read_bytes()
 

@@ -2,14 +2,30 @@
 
 import io
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from softqmix_mpe import FORCES, LEVELS, Spread, SpreadMPE2, distance, save_gif
+from envs.spread import (
+    AGENT_COLOURS,
+    FORCES,
+    HEADER,
+    LANDMARK_COLOUR,
+    LEVELS,
+    SIZE,
+    Spread,
+    SpreadMPE2,
+    distance,
+    draw_episode,
+    save_gif,
+)
 
+ROOT = Path(__file__).parent.parent
 BACKENDS = (Spread, SpreadMPE2)
 FINAL = {"final_obs", "_final_obs", "final_info", "_final_info"}
 CORNERS = np.array([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])  # three places far from each other
@@ -318,35 +334,75 @@ def test_state_of_another_size_is_refused(backend):
         env.set_state(make_state(CORNERS))
 
 
+def test_mpe2_for_a_whole_evaluation_takes_little_memory():
+    """A surface to draw on takes 2 MB in each environment: 600 in 300 of them."""
+    program = """
+import resource
+from envs.spread import SpreadMPE2
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+env = SpreadMPE2("hard", 300)
+env.reset()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) < 60
+
+
 # --- pictures ---
 
-BLUE = (70, 70, 170)  # mpe2's agents
+
+def near(frame, colour, tolerance=30):
+    """Which pixels of the field, below the line of text, have about this colour."""
+    return (abs(frame[HEADER:].astype(int) - colour) <= tolerance).all(2)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_agents_are_drawn_to_scale(size):
-    env = SpreadMPE2("hard", 1)
-    env.set_state(make_state(size * CORNERS, landmark=np.zeros((3, 2))))
-    radius = 0.15 / size * 315  # the farthest coordinate lies 0.9 * 350 pixels from the middle
-    blue = (env.render(0) == BLUE).all(2).sum()
-    assert blue == pytest.approx(3 * np.pi * (int(radius) - 1) ** 2, rel=0.05)  # whole pixels, less the black outline
+def disc_colour(i):
+    """Agent i's colour, mixed with white."""
+    return np.array(AGENT_COLOURS[i]) * 150 / 255 + 105
+
+
+@pytest.mark.parametrize("size", [0.5, 1, 3])
+def test_agents_are_drawn_to_scale_in_one_view_of_the_whole_episode(size):
+    """The first agent goes from the lower left to the lower right, the others stand in the other corners."""
+    stay = size * np.array([[-1.0, 1.0], [1.0, 1.0]])
+    way = [np.array([[size * x, -size], *stay]) for x in np.linspace(-1, 1, 11)]
+    frames = draw_episode(np.stack(way), [[0, 0]] * 3, np.full(10, -2.0))
+    assert len(frames) == 11 + 9
+    assert all(frame.shape == (SIZE + HEADER, SIZE, 3) and frame.dtype == np.uint8 for frame in frames)
+    assert all((frame == frames[10]).all() for frame in frames[11:])
+    scale = SIZE / (2 * size + 3 * 0.15)  # half a radius beyond the outermost discs
+    for t in (0, 5, 10):
+        for i in range(3):
+            y, x = np.nonzero(near(frames[t], disc_colour(i), 8))
+            low, high = np.array([x.min(), y.min()]), np.array([x.max(), y.max()]) + 1
+            np.testing.assert_allclose(high - low, 2 * 0.15 * scale - 2, atol=2)  # less the outline
+            place = ((low + high) / 2 - SIZE / 2) * [1, -1] / scale
+            np.testing.assert_allclose(place, way[t][i], atol=1.5 / scale)
+    rows = {frame[:HEADER].tobytes() for frame in frames}
+    assert len(rows) == 11  # step and return
+
+
+def test_a_covered_landmark_is_seen():
+    covered, free = (draw_episode(CORNERS[None], CORNERS * place, [])[0] for place in (1, 0.5))
+    crosses = near(covered, LANDMARK_COLOUR).sum()
+    assert crosses > 300
+    assert crosses == pytest.approx(near(free, LANDMARK_COLOUR).sum(), rel=0.05)
 
 
 def test_gif_of_an_episode(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    env = SpreadMPE2("simple", 2, seed=3)
+    env = Spread("simple", 2, seed=3)
     env.reset()
-    frames = [env.render(1)]
-    assert (frames[0] != env.render(0)).any()
+    positions, rewards = [env.position[1].copy()], []
     for actions in random_actions(24, 2):
-        env.step(actions)
-        frames.append(env.render(1))
-    assert all(frame.shape == (700, 700, 3) and frame.dtype == np.uint8 for frame in frames)
-    assert len(np.unique(np.stack(frames)[:, ::5, ::5].reshape(25, -1), axis=0)) == 25  # it moves in every frame
-    assert (frames[0] == BLUE).all(2).any()
-    save_gif(tmp_path / "episode.gif", frames, fps=20)
+        rewards.append(env.step(actions)[1][1])
+        positions.append(env.position[1].copy())
+    frames = draw_episode(positions, env.landmark[1], rewards)
+    assert len(np.unique(np.stack(frames)[:, ::5, ::5].reshape(34, -1), axis=0)) == 25  # it moves in every frame
+    save_gif(tmp_path / "episode.gif", frames)
     with Image.open(tmp_path / "episode.gif") as gif:
-        assert (gif.n_frames, gif.info["duration"], gif.info["loop"], gif.size) == (25, 50, 0, (700, 700))
+        assert (gif.n_frames, gif.info["duration"], gif.info["loop"], gif.size) == (25, 100, 0, (SIZE, SIZE + HEADER))
         for index in (0, 12, 24):
             gif.seek(index)
-            assert abs(np.array(gif.convert("RGB")).astype(int) - frames[index]).max() < 8  # palette of 256 colours
+            assert abs(np.array(gif.convert("RGB")).astype(int) - frames[index]).mean() < 1  # palette of 256 colours
+        assert gif.info["duration"] == 1000  # to see the end

@@ -104,6 +104,6 @@ def test_links_and_files_exist(document):
         assert (folder / file).exists(), file
         if anchor:
             assert anchor in anchors((folder / file).read_text() if file else text), f"{file}#{anchor}"
-    names = set(re.findall(r"`((?:tests/|docs/|benchmarks/|results/)?\w+\.(?:py|md|txt))`", text))
+    names = set(re.findall(r"`((?:tests/|docs/|benchmarks/|results/|envs/)?\w+\.(?:py|md|txt))`", text))
     for name in names - {"agree.py"}:  # the reader's own
         assert any((place / name).exists() for place in (ROOT, folder, ROOT / "tests")), name

@@ -1,4 +1,4 @@
-"""Tests of smacv2_sim.py: the package's interface against slow re-computations, and each rule of the battle alone."""
+"""envs/smacv2_sim.py: the package's interface against slow re-computations, and each rule of the battle alone."""
 
 import io
 import itertools
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import smacv2_sim as sim
-from smacv2_sim import EAST, FIRST_TARGET, NO_OP, NORTH, SOUTH, STOP, WEST, SMACv2Sim, random_actions
+from envs import smacv2_sim as sim
+from envs.smacv2_sim import EAST, FIRST_TARGET, NO_OP, NORTH, SOUTH, STOP, WEST, SMACv2Sim, random_actions
 
 TYPES = {unit.name: unit for unit in sim.WOL_UNITS}
 SMALL_MAPS = ["protoss_5_vs_5", "terran_5_vs_5", "zerg_5_vs_5"]

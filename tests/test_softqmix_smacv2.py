@@ -20,7 +20,7 @@ import torch
 from common import CPU, checkpoint_of, random_episode, read_metrics, train
 
 import softqmix_smacv2 as sq
-from smacv2_sim import SMACv2Sim
+from envs.smacv2_sim import SMACv2Sim
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,6 +6,8 @@ What needs no smacv2 always runs. For the rest: an environment of requirements-s
 
 import functools
 import importlib.util
+import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,7 +21,8 @@ import numpy as np
 import pytest
 
 import softqmix_smacv2 as script
-from smacv2_sim import (
+from envs import starcraft2
+from envs.smacv2_sim import (
     BATTLE,
     GOLDEN,
     RACES,
@@ -55,7 +58,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_check_finds_the_game(installed):
-    found = script.check_starcraft2("protoss_5_vs_5")
+    found = starcraft2.check_starcraft2("protoss_5_vs_5")
     assert found["game"] == str(installed / "Versions/Base75689/SC2_x64")
     assert found["smacv2"] == found["protobuf"] == "1"
 
@@ -63,19 +66,19 @@ def test_check_finds_the_game(installed):
 def test_check_knows_the_default_folder(installed, monkeypatch):
     monkeypatch.delenv("SC2PATH")
     monkeypatch.setenv("HOME", str(installed.parent))
-    assert script.check_starcraft2("protoss_5_vs_5")["game"].startswith(str(installed))
+    assert starcraft2.check_starcraft2("protoss_5_vs_5")["game"].startswith(str(installed))
 
 
 def test_check_names_the_missing_package(installed, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "smacv2" else name)
     with pytest.raises(ValueError, match=r"package smacv2 not installed: pip install -r requirements-smacv2\.txt"):
-        script.check_starcraft2("protoss_5_vs_5")
+        starcraft2.check_starcraft2("protoss_5_vs_5")
 
 
 def test_check_names_the_missing_folder(installed, monkeypatch):
     monkeypatch.setenv("SC2PATH", str(installed / "elsewhere"))
     with pytest.raises(ValueError, match=r"No StarCraft II in .*elsewhere: .*SC2PATH"):
-        script.check_starcraft2("protoss_5_vs_5")
+        starcraft2.check_starcraft2("protoss_5_vs_5")
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda game: game.chmod(0o644)], ids=["missing", "not executable"])
@@ -84,30 +87,42 @@ def test_check_names_the_missing_binary(installed, damage):
     if os.geteuid() == 0 and (installed / "Versions/Base75689/SC2_x64").exists():
         assert not os.access(installed / "Versions/Base75689/SC2_x64", os.X_OK)  # holds for root, too
     with pytest.raises(ValueError, match=r"No executable Versions/Base.*unpack the Linux package"):
-        script.check_starcraft2("protoss_5_vs_5")
+        starcraft2.check_starcraft2("protoss_5_vs_5")
 
 
 def test_check_names_the_missing_map(installed):
     (installed / "Maps/SMAC_Maps/32x32_flat.SC2Map").unlink()
     with pytest.raises(ValueError, match=r"No map .*32x32_flat\.SC2Map: copy the smacv2 repository's SMAC_Maps"):
-        script.check_starcraft2("protoss_5_vs_5")
+        starcraft2.check_starcraft2("protoss_5_vs_5")
 
 
 def test_check_refuses_an_unknown_map(installed):
     with pytest.raises(ValueError, match="unknown map"):
-        script.check_starcraft2("protoss_5")
+        starcraft2.check_starcraft2("protoss_5")
 
 
 def test_each_configuration_is_new():
-    config = script.sc2_config("terran_10_vs_11", prob_obs_enemy=0.0)
+    config = starcraft2.sc2_config("terran_10_vs_11", prob_obs_enemy=0.0)
     assert (config["map_name"], config["prob_obs_enemy"]) == ("10gen_terran", 0.0)
     capabilities = config["capability_config"]
     assert (capabilities["n_units"], capabilities["n_enemies"]) == (10, 11)
     assert capabilities["team_gen"]["exception_unit_types"] == ["medivac"]
     capabilities["team_gen"]["unit_types"].clear()  # as the package might
-    assert script.sc2_config("terran_10_vs_11")["capability_config"]["team_gen"]["unit_types"] == list(
+    assert starcraft2.sc2_config("terran_10_vs_11")["capability_config"]["team_gen"]["unit_types"] == list(
         RACES["terran"].types
     )
+
+
+def test_constructor_starts_nothing(installed):
+    env = starcraft2.StarCraft2("zerg_5_vs_5", 2)
+    assert (env.name, env.backend, env.restarts) == ("zerg_5_vs_5", "starcraft2", 0)
+    assert env.about["simulator_version"] is None
+    assert env.about["game"] == str(installed / "Versions/Base75689/SC2_x64")
+    json.dumps(env.about)
+    env.set_state(env.get_state())
+    assert multiprocessing.active_children() == []
+    env.close()
+    env.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +178,7 @@ def make_env(games):
     envs = []
 
     def make(*args, **options):
-        envs.append(script.StarCraft2(*args, **{"timeout": 60.0, **options}))
+        envs.append(starcraft2.StarCraft2(*args, **{"timeout": 60.0, **options}))
         return envs[-1]
 
     yield make
@@ -377,6 +392,26 @@ def test_checkpoint_declares_the_running_battles_lost(make_env):
 
 
 @needs_smacv2
+def test_games_start_when_they_are_needed_and_close_ends_them_twice(make_env, games):
+    saved = make_env("protoss_5_vs_5", 2, seed=3).get_state()
+    env, other = make_env("protoss_5_vs_5", 2, seed=3), make_env("protoss_5_vs_5", 2, seed=8)
+    env.set_state(saved)
+    assert games.started() == []
+    _, *outcome, info = env.step(np.zeros((2, 5), np.int64))  # actions for nothing
+    assert info["invalid"].all()
+    assert not np.any(outcome)
+    _, first = other.reset(seed=3)  # the seed of what is launched, not one more
+    assert np.array_equal(first["state"], info["state"])
+    first["action_mask"][:] = False  # the caller's own
+    assert not other.step(np.ones((2, 5), np.int64))[-1]["invalid"].any()
+    assert len(games.running()) == 4
+    for each in (env, other, env, other):
+        each.close()
+    assert wait_until(lambda: not games.running())
+    assert env.restarts == other.restarts == 0
+
+
+@needs_smacv2
 def test_replays_are_saved(make_env, tmp_path):
     env = make_env("protoss_5_vs_5", 2)
     env.reset()
@@ -388,16 +423,30 @@ def test_replays_are_saved(make_env, tmp_path):
 
 
 @needs_smacv2
+def test_replays_of_seeded_battles_are_kept_where_the_option_says(make_env, tmp_path):
+    """After each test and at the end; the battles of training, which are not seeded, leave none."""
+    for seeds, names in (([None, None], []), ([5, 6], ["1_0", "1_1", "2_0", "2_1"])):
+        env = make_env("protoss_5_vs_5", 2, replay_folder=str(tmp_path / f"{len(names)}"))
+        for seed in seeds:
+            env.reset(seed=seed)
+        env.close()
+        env.close()
+        found = sorted(file.name for file in tmp_path.glob(f"{len(names)}/*"))  # with the time at the end
+        assert len(found) == len(names)
+        assert all(file.startswith(f"protoss_5_vs_5_{name}_") for file, name in zip(found, names, strict=True))
+
+
+@needs_smacv2
 @pytest.mark.parametrize("end", ["return", "exception", "interrupt", "terminate", "kill", "kill in a hang"])
 def test_nothing_is_left_however_the_trainer_ends(games, monkeypatch, tmp_path, end):
     if end == "kill in a hang":  # the workers wait for their games and cannot notice the end of their pipes
         monkeypatch.setenv("FAKE_SC2_FAULT", "hang@10")
     program = tmp_path / "trainer.py"
     program.write_text(f"""
-import softqmix_smacv2 as script
+from envs.starcraft2 import StarCraft2
 
 if __name__ == "__main__":
-    env = script.StarCraft2("protoss_5_vs_5", 2)
+    env = StarCraft2("protoss_5_vs_5", 2)
     obs, info = env.reset()
     print(*[worker.pid for worker in env._workers], flush=True)
     while {end!r} not in ("return", "exception"):
@@ -451,7 +500,7 @@ def test_training_goes_on_and_stores_only_whole_battles(games, monkeypatch, tmp_
 
     monkeypatch.setattr(script.Replay, "add", add)
     monkeypatch.setattr(
-        script.StarCraft2, "__init__", functools.partialmethod(script.StarCraft2.__init__, timeout=20.0)
+        starcraft2.StarCraft2, "__init__", functools.partialmethod(starcraft2.StarCraft2.__init__, timeout=20.0)
     )
     sizes = dict(num_envs=2, batch_size=4, buffer_size=20, total_timesteps=600, eval_interval=400, eval_episodes=2)
     args = script.Args(map="zerg_5_vs_5", backend="starcraft2", run_dir=str(tmp_path / "run"), **sizes)
@@ -515,10 +564,10 @@ def test_simulator_computes_what_the_package_computes(server, monkeypatch, map_n
     from smacv2.env import StarCraftCapabilityEnvWrapper
 
     race, N, M = parse_map_name(map_name)
-    wrapper = StarCraftCapabilityEnvWrapper(**script.sc2_config(map_name), seed=1)
+    wrapper = StarCraftCapabilityEnvWrapper(**starcraft2.sc2_config(map_name), seed=1)
     package = wrapper.env
     for k, distribution in enumerate(wrapper.env_key_to_distribution_map.values()):
-        script.seed_generators(distribution, np.random.SeedSequence(k))
+        starcraft2.seed_generators(distribution, np.random.SeedSequence(k))
     random.seed(3)
     rng = np.random.default_rng(4)
     sim = SMACv2Sim(map_name, 1, enemy_wipe=wipe)

@@ -6,17 +6,17 @@ game, not the algorithm: it offers the observations, states, action masks, rewar
 numba. Results on it are comparable with each other; they are not results on StarCraft II.
 
     import numpy as np
-    from smacv2_sim import SMACv2Sim
+    from envs.smacv2_sim import SMACv2Sim
     env = SMACv2Sim("protoss_5_vs_5", num_envs=64, seed=1)
     obs, info = env.reset()                                        # (64, 5, 92)
     actions = info["action_mask"].argmax(-1)                       # (64, 5), the first available action of each agent
     obs, reward, terminated, truncated, info = env.step(actions)
 
-    python smacv2_sim.py terran_10_vs_10           # 2,000 random and 2,000 attack-the-nearest battles, about 10 seconds
+    python -m envs.smacv2_sim terran_10_vs_10      # 2,000 random and 2,000 attack-the-nearest battles, about 10 seconds
     python benchmarks/simulator.py                 # steps per second
     pytest tests/test_smacv2_sim.py
 
-The first use compiles the kernels (about 15 seconds) and keeps them in __pycache__.
+The first use compiles the kernels (about 15 seconds) and keeps them in __pycache__, or where else numba may write.
 
 Words: a *loop* is the game's smallest time unit, 1/16 of a catalogue ("data", game speed Normal) second; one
 environment step is 8 loops, half a data second. Lengths are map cells; the map is 32 x 32 and flat. Shapes: E battles
@@ -47,16 +47,27 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numba
 import numpy as np
 from numba import njit
+from numba.core import event
 
-allocating_kernel = njit(cache=True, error_model="numpy")  # kept between runs; no check for division by 0, no fastmath
+
+def has_cache():
+    """Does numba find a folder to keep compiled kernels in? Where it does not, to ask for it is an error."""
+    try:
+        njit(cache=True)(has_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHE = has_cache()
+allocating_kernel = njit(cache=CACHE, error_model="numpy")  # kept between runs; no check for division by 0, no fastmath
 # Most kernels make no array, so that numba need not count who refers to one: its atomic counters took half of the time.
-kernel = njit(cache=True, error_model="numpy", _nrt=False)
+kernel = njit(cache=CACHE, error_model="numpy", _nrt=False)
 
 SIMULATOR_VERSION = "1"  # changes whenever the same seed and actions may give another battle
 
@@ -1203,7 +1214,7 @@ def first_unavailable(world, rules, actions, num_actions):
     return -1
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@njit(cache=CACHE, error_model="numpy", nogil=True)
 def step_battles(first, last, world, rules, actions, new, final, outcome):
     """Step battles first..last-1. Releases Python's lock, so that threads can share the battles."""
     for e in range(first, last):
@@ -1257,7 +1268,7 @@ def parse_map_name(map_name):
     if parts is None or parts[1] not in RACES:
         raise ValueError(
             f"unknown map {map_name!r}: expected <race>_<agents>_vs_<enemies> with race protoss, terran or zerg "
-            f"and 1 to 99 units a side, such as protoss_5_vs_5 or zerg_10_vs_11"
+            f"and 1 to 99 units a side, such as protoss_5_vs_5 or zerg_10_vs_11."
         )
     return parts[1], int(parts[2]), int(parts[3])
 
@@ -1285,19 +1296,36 @@ def expected_max_reward(race, num_agents, num_enemies, unit_table="wol"):
     return total + (team_sum(surplus, surplus) if surplus > 0 else 0.0)
 
 
-def _choose(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+def check_choice(name, value, allowed):
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}.")
     return value
 
 
-class SMACv2Sim:
-    """`num_envs` SMACv2 battles on one map, stepped together.
+def check_integer(name, value, low, high):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, expected an integer from {low} to {high}.")
+    return int(value)
 
-    Follows Gymnasium's vector conventions in SAME_STEP autoreset: where a battle ends, `terminated` is True, a new
-    battle starts within the same step, and the returned observation, state and mask are the new battle's first, while
-    info's "final_obs" and "final_info" hold the finished battle's last. The 200-step limit is an ordinary terminal, as
-    in the package's standard configuration, so `truncated` is always False.
+
+def check_flag(name, value):
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}, expected True or False.")
+    return bool(value)
+
+
+def refuse_unknown(game, options, environment):
+    """ValueError if there are any options: those that the environment's constructor has not taken for its own."""
+    if options:
+        *others, last = environment.__init__.__kwdefaults__
+        raise ValueError(f"{game} has no option {next(iter(options))}; it has {', '.join(others)} and {last}.")
+
+
+class SMACv2Sim:
+    """`num_envs` SMACv2 battles on one map, stepped together; the interface is that of envs/__init__.py.
+
+    The 200-step limit is an ordinary terminal, as in the package's standard configuration, so `truncated` is always
+    False.
 
     Args:
         map_name: "<race>_<agents>_vs_<enemies>", see parse_map_name.
@@ -1308,20 +1336,28 @@ class SMACv2Sim:
         enemy_wipe: copy the package's erasing of enemy rows, see update_wipe (in the package since June 2023).
         unit_table: "wol", the data the package's map uses, or "lotv", the ladder's.
 
-    Attributes: map_name, race, num_envs, num_agents, num_enemies, num_actions, obs_size, state_size, episode_limit
-    (200 env steps), max_reward ((E,) float64: the raw return that is scaled to 20).
+    Attributes beside the interface's: map_name, race, num_enemies, max_reward ((E,) float64: the raw return that is
+    scaled to 20).
 
     Errors: ValueError, one sentence, for any argument out of range.
     """
 
-    def __init__(self, map_name, num_envs, seed=0, *, reward_scale="expected", enemy_wipe=False, unit_table="wol"):
-        self.map_name = map_name
+    backend, episode_limit, restarts = "sim", EPISODE_LIMIT, 0
+    title = f"Simulator smacv2_sim version {SIMULATOR_VERSION}: SMACv2's rules, but NOT StarCraft II, nor its results."
+
+    def __init__(
+        self, map_name, num_envs, seed=0, *, reward_scale="expected", enemy_wipe=False, unit_table="wol", **unknown
+    ):
+        refuse_unknown("The simulator", unknown, SMACv2Sim)
+        if numba.config.DISABLE_JIT:
+            raise ValueError("The simulator is nothing without numba's compiler: unset NUMBA_DISABLE_JIT.")
+        self.name = self.map_name = map_name
         self.race, self.num_agents, self.num_enemies = parse_map_name(map_name)
-        self.num_envs = self._integer("num_envs", num_envs, 1, 2**31)
-        self.reward_scale = _choose("reward_scale", reward_scale, ("expected", "first_episode"))
-        self.unit_table = _choose("unit_table", unit_table, tuple(UNIT_TABLES))
-        self.enemy_wipe = bool(enemy_wipe)
-        self.episode_limit = EPISODE_LIMIT
+        self.num_envs = check_integer("num_envs", num_envs, 1, 2**31)
+        self.reward_scale = check_choice("reward_scale", reward_scale, ("expected", "first_episode"))
+        self.unit_table = check_choice("unit_table", unit_table, tuple(UNIT_TABLES))
+        self.enemy_wipe = check_flag("enemy_wipe", enemy_wipe)
+        self.about = {"backend": self.backend, "simulator_version": SIMULATOR_VERSION}
         E, N, M = self.num_envs, self.num_agents, self.num_enemies
         is_terran, shields = self.race == "terran", int(self.race == "protoss")
         self.num_actions = FIRST_TARGET + (max(N, M) if is_terran else M)
@@ -1350,17 +1386,13 @@ class SMACv2Sim:
             first_row=np.zeros((E, N), np.int64),
         )
         self._final = self._new_views()
-        self.max_reward = self._world.battles["max_reward"]
         self.max_reward[:] = expected_max_reward(self.race, N, M, self.unit_table)
-        _announce_compilation()
-        self._start(self._integer("seed", seed, 0, 2**63 - 1))
+        self._start(check_integer("seed", seed, 0, 2**63 - 1))
         self._untouched = True
 
-    @staticmethod
-    def _integer(name, value, low, high):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise ValueError(f"{name} is {value!r}, expected an integer from {low} to {high}")
-        return int(value)
+    @property
+    def max_reward(self):
+        return self._world.battles["max_reward"]  # a view of what the kernels read, in a copied simulator, too
 
     def _start(self, seed):
         if seed is not None:
@@ -1385,7 +1417,7 @@ class SMACv2Sim:
         "battle_won" (E,) bool, "dead_allies" and "dead_enemies" (E,) int64, the last three all zero.
         """
         if seed is not None:
-            seed = self._integer("seed", seed, 0, 2**63 - 1)
+            seed = check_integer("seed", seed, 0, 2**63 - 1)
         if seed is not None or not self._untouched:
             self._start(seed)
         self._untouched = False
@@ -1486,7 +1518,7 @@ class SMACv2Sim:
         types = np.empty(self.num_agents + self.num_enemies, np.int64)
         numbers = np.empty((len(types), 6))
         for k, (name, *values) in enumerate((*allies, *enemies)):
-            types[k] = UNIT_NAMES.index(_choose("unit type", name, RACES[self.race].types))
+            types[k] = UNIT_NAMES.index(check_choice("unit type", name, RACES[self.race].types))
             numbers[k] = values
             body = self._rules.table[types[k]]
             top = [MAP_SIZE, MAP_SIZE, body["health"], body["shield"], np.inf, MAX_ENERGY]
@@ -1578,18 +1610,23 @@ def _rows(values, chosen):
     return rows
 
 
-_announced = False
+class _Announcement(event.Listener):
+    """Says once on stderr that a first call will take long: numba tells of what it compiles, not of what it kept."""
+
+    announced = False
+
+    def on_start(self, compilation):
+        if compilation.data["dispatcher"].py_func.__module__ == __name__ and not self.announced:
+            how_often = "once" if CACHE else "for this run only, unless NUMBA_CACHE_DIR names a folder to keep them in"
+            text = f"smacv2_sim: compiling the battle kernels, about 15 seconds, {how_often}"
+            print(text, file=sys.stderr, flush=True)
+            self.announced = True
+
+    def on_end(self, compilation):
+        pass
 
 
-def _announce_compilation():
-    """Say once on stderr that the first kernels call will take long, if numba keeps none newer than this file."""
-    global _announced
-    source = Path(__file__)
-    folder = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else source.parent / "__pycache__"
-    kept = folder.rglob(f"{source.stem}.step_battles-*.nbi")
-    if not _announced and not any(index.stat().st_mtime >= source.stat().st_mtime for index in kept):
-        print("smacv2_sim: compiling the battle kernels, once, about 15 seconds", file=sys.stderr, flush=True)
-    _announced = True
+event.register("numba:compile", _Announcement())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1651,23 +1688,32 @@ def play_battles(map_name, battles, choose, **options):
     return {"win": np.mean(wins), "return": np.mean(returns), "length": np.mean(lengths)}
 
 
-if __name__ == "__main__":
+def main():
     import argparse
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m envs.smacv2_sim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("maps", nargs="*", default=[f"{race}_5_vs_5" for race in RACES], help="default: %(default)s")
-    chosen_maps = parser.parse_args().maps
+    maps = parser.parse_args().maps
     try:
-        for chosen_map in chosen_maps:
-            parse_map_name(chosen_map)
+        for map_name in maps:
+            SMACv2Sim(map_name, 1)
     except ValueError as error:
-        print(f"error: {error}.", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     rng = np.random.default_rng(0)
     scripts = {"random": lambda env, mask: random_actions(mask, rng), "nearest": nearest_attack_actions}
-    for chosen_map in chosen_maps:
+    for map_name in maps:
         for script, choose in scripts.items():
             start = time.time()
-            means = play_battles(chosen_map, 2000, choose)
+            means = play_battles(map_name, 2000, choose)
             figures = "  ".join(f"{name} {value:6.3f}" for name, value in means.items())
-            print(f"{chosen_map:18} {script:8} {figures}  ({time.time() - start:.1f} s)")
+            print(f"{map_name:18} {script:8} {figures}  ({time.time() - start:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    from envs import smacv2_sim  # under its own name, under which everybody finds the compiled kernels again
+
+    sys.exit(smacv2_sim.main())
