@@ -1,52 +1,65 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "tyro>=0.9,<2", "tensorboard>=2.18", "tqdm>=4.66"]
+# ///
 """Soft-QMIX on one-step matrix games (section 5.1 of Chen, Huang, Schneider 2024, arXiv 2406.13930): all of it, small.
 
     python softqmix_matrix.py                                  # 16 seeds of Table 1's game, under a minute on a CPU
     python softqmix_matrix.py --payoff climbing --alpha 3      # another game: table1, released, climbing, penalty
     python softqmix_matrix.py --payoff my_game.csv             # or your own: n lines of m numbers
 
-Two agents choose a row and a column at the same time and both receive that cell of the payoff. What is learnt is
-printed in the layout of Table 2, with the number of seeds whose greedy joint action pays most. Expect nearly all seeds
-to find the optimum, and next to it the same seeds at --td-weight 1, the loss as the paper writes it: few of them do.
-The optimistic weight does the work on this game, not the entropy; results/matrix.md has the figures.
+Two agents choose a row and a column at the same time, and both receive that cell of the payoff. g_i refines an agent's
+values, a monotonic mixer joins them to Q_tot, and f_i turns them into the logits of the agent's policy. All three keep
+the order of its actions, so each agent's best action is part of the best joint action: execution needs none of them.
+Nearly all seeds find the best cell, but few at --td-weight 1, the loss as the paper writes it, which is trained, too:
+the optimistic weight does the work on this game, not the entropy; results/matrix.md has the figures.
 
-Equation, table and appendix numbers are the paper's. Letters in shape comments: K independent rows (one seed at one
-weight), B transitions of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, S = 1 state.
-"""
+Equation, table and appendix numbers are the paper's. In shape comments: K seeds (at one weight each), R rows of a
+module, B games of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, S = 1 state."""
 
-import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports, which are slow
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # more gain nothing on matrices this small
+
 import json
 import math
-import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+ALGORITHM = Path(__file__).stem  # this file's name, by which its runs are known
 GAMES = {
     "table1": ((8, -12, -12), (-12, 0, 0), (-12, 0, 0)),
     "released": ((12, -0.1, -0.1), (-0.1, 0, 0), (-0.1, 0, 0)),  # the payoff in the authors' published code
     "climbing": ((11, -30, 0), (-30, 7, 6), (0, 0, 5)),  # Claus and Boutilier 1998
     "penalty": ((10, 0, -100), (0, 2, 0), (-100, 0, 10)),  # the same authors, k = -100; two optima
 }
+RANGES = {"seed": (0, 2**31 - 1), "td_weight": (0, 1e6)}
 
 
 @dataclass
 class Args:
-    exp_name: str = "softqmix_matrix"  # name of this experiment, part of the run's name
+    exp_name: str = ALGORITHM  # name of this experiment, part of the run's name
     payoff: str = "table1"  # table1, released, climbing, penalty, or a CSV file: a line for each of agent 1's actions
     seed: int = 1  # the first seed; each fixes the networks, exploration and replay of its own row
     num_seeds: int = 16  # independent seeds, trained side by side as one batch
-    run_dir: str | None = None  # folder of this run; default runs/{payoff}__{exp_name}__{seed}__{time}
+    run_dir: str | None = None  # new or empty folder of this run; default runs/{payoff}__{exp_name}__{seed}__{time}
     total_timesteps: int = 10_000  # games played by each seed (section 5.1)
     num_envs: int = 4  # games played before each update (Table 8)
     batch_size: int = 128  # games in an update (Table 8); the first update waits for this many
@@ -54,62 +67,16 @@ class Args:
     learning_rate: float = 1e-3  # of Adam (Table 8)
     max_grad_norm: float = 10.0  # gradient norm is clipped to this, separately for each seed and each loss
     td_weight: float = 0.1  # of squared TD errors where Q_tot exceeds its target; 1, the paper's Eq. 13, is trained too
-    mixer: Literal["qmix", "vdn"] = "qmix"  # qmix: the monotonic network; vdn: the plain sum of Q_i
+    mixer: Literal["qmix", "vdn"] = "qmix"  # the monotonic network, or the plain sum of Q_i
     eval_interval: int = 500  # games between tests of the greedy joint action
     alpha: float = 1.0  # temperature of the policy, in units of Q_tot
     use_g: bool = True  # transform the agents' values by g_i (Table 4: without it, "+function f")
-    use_f: bool = True  # transform Q_i by f_i (Table 4: without g and f, "+entropy"); else alpha is in units of Q_i
-
-
-class InputError(ValueError):
-    """Something the user can put right, told in one sentence. On the command line: exit code 2, no traceback."""
-
-
-def check_args(args: Args) -> None:
-    """Raise InputError for impossible settings."""
-    counts = ("num_seeds", "total_timesteps", "num_envs", "batch_size", "buffer_size", "eval_interval")
-    lowest = dict.fromkeys(counts, 1) | dict.fromkeys(("learning_rate", "max_grad_norm", "alpha"), 1e-9)
-    for name, low in (lowest | {"seed": 0, "td_weight": 0}).items():
-        if not low <= getattr(args, name) <= 1e9:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be in [{low:g}, 1e9].")
-    if max(args.batch_size, args.num_envs) > min(args.buffer_size, args.total_timesteps):
-        raise InputError("--batch-size and --num-envs must not be larger than --buffer-size or --total-timesteps.")
-
-
-def load_payoff(name: str):
-    """The payoff of that name or in that CSV file, as rows of numbers."""
-    try:
-        lines = [] if name in GAMES else Path(name).read_text(encoding="utf-8-sig").splitlines()
-        rows = GAMES.get(name) or [[float(value) for value in line.split(",")] for line in lines if line.strip()]
-    except (OSError, ValueError):
-        rows = []
-    if len(set(map(len, rows))) != 1 or not all(abs(value) <= 1e6 for row in rows for value in row):
-        file = "a readable file of lines with equally many numbers up to 1e6, separated by commas"
-        raise InputError(f"--payoff {name} is neither one of {', '.join(GAMES)} nor {file}.")
-    return rows
-
-
-class Game:
-    """Two agents, a payoff (n, m), one step. An agent with fewer actions than the other has the rest masked."""
-
-    def __init__(self, payoff):
-        self.payoff = torch.as_tensor(payoff, dtype=torch.get_default_dtype())  # (n, m)
-        n, m = self.payoff.shape
-        self.mask = torch.arange(max(n, m)) < torch.tensor([[n], [m]])  # (N, A)
-        self.joint_actions = torch.cartesian_prod(torch.arange(n), torch.arange(m))  # (J, N)
-        self.names = [[chr(ord("A") + u) if u < 26 else str(u) for u in range(size)] for size in (n, m)]  # of actions
-
-    def joint(self, action: torch.Tensor) -> torch.Tensor:
-        """action (..., N) -> which of the J joint actions (...)."""
-        return action[..., 0] * self.payoff.shape[1] + action[..., 1]
+    use_f: bool = True  # transform Q_i by f_i (Table 4: without g and f, "+entropy"); without, alpha is in units of Q_i
 
 
 class Agent(nn.Module):
-    """f^stage1: linear, ReLU, GRU, linear, shared by both agents; all that execution needs.
-
-    In a one-step game nothing precedes: there is no last action, and the GRU starts from a zero hidden state, which
-    leaves of it the gates written out here (a plain ReLU network instead finds other solutions: results/matrix.md).
-    """
+    """f^stage1: linear, ReLU, GRU, linear, shared by both agents; all that execution needs. In a one-step game there is
+    no last action, and the GRU starts from a zero hidden state, which leaves of it the gates written out here."""
 
     def __init__(self, num_agents: int, num_actions: int, hidden_size: int = 64):
         super().__init__()
@@ -148,19 +115,9 @@ class Mixer(nn.Module):
         return (hidden * self.w2(state).abs()).sum(1) + self.b2(state).squeeze(1)
 
 
-class VDNMixer(nn.Module):
-    """Q_tot as the plain sum of Q_i: value decomposition networks (Sunehag et al. 2017)."""
-
-    def forward(self, q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """q (R, N), state (R, S), unused -> Q_tot (R,)."""
-        return q.sum(1)
-
-
 class TransformG(nn.Module):
     """g_i(x, s) = x + |W2_i(s)| elu(|W1_i(s)| x + b1_i(s)) + b2_i(s) (Eq. 8), for each action's value x by itself.
-
-    One set of generated weights per agent. The residual x (appendix G) has slope 1, so the order is kept strictly.
-    """
+    One set of weights per agent. The residual x (appendix G) has slope 1, so the order of actions is kept strictly."""
 
     def __init__(self, state_size: int, num_agents: int, embed: int = 32):
         super().__init__()
@@ -192,38 +149,25 @@ class TransformF(nn.Module):
         return self.w(state).abs().unsqueeze(-1) * q + self.b(state).unsqueeze(-1)
 
 
-class Values(NamedTuple):
-    """All that the networks say of the game; with a leading K once the seeds are batched."""
-
-    stage1: torch.Tensor  # (N, A) f^stage1
-    q_tot: torch.Tensor  # (J,) Q_tot of each joint action
-    logits: torch.Tensor  # (N, A) f_i(Q_i), or Q_i without f: times 1 / alpha, the policy's logits
-    f_sum: torch.Tensor  # (J,) sum of f_i(Q_i) for each joint action
-
-
 class Networks(nn.Module):
-    """theta, trained by L_Q (Eq. 13): agent, g and mixer; phi, trained by L_pi (Eq. 14): f."""
+    """All networks of a seed: agent, g and mixer (theta, trained by L_Q, Eq. 13), and f (phi, by L_pi, Eq. 14)."""
 
-    def __init__(self, game: Game, args: Args):
+    def __init__(self, payoff: torch.Tensor, args: Args):
         super().__init__()
-        self.joint_actions = game.joint_actions
-        self.agent = Agent(*game.mask.shape)
-        self.mixer = Mixer(1, 2) if args.mixer == "qmix" else VDNMixer()
-        self.g = TransformG(1, 2) if args.use_g else lambda x, state: x
+        self.joint_actions = torch.cartesian_prod(*map(torch.arange, payoff.shape))  # (J, N)
+        self.agent = Agent(2, max(payoff.shape))
+        self.mixer = Mixer(1, 2) if args.mixer == "qmix" else lambda q, state: q.sum(1)
+        self.g = TransformG(1, 2) if args.use_g else lambda q, state: q
         self.f = TransformF(1, 2) if args.use_f else lambda q, state: q
 
-    def forward(self) -> Values:
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """What a game needs: f^stage1 (N, A), Q_tot (J,), logits times alpha (N, A), the sum of f_i(Q_i) (J,)."""
         agents, state = torch.arange(2), torch.ones(1, 1)  # (1, S), the constant that the hypernetworks see
         stage1 = self.agent(torch.ones(2, 1))  # (N, A)
         q_i = self.g(stage1[None], state)[0]  # (N, A)
         q_tot = self.mixer(q_i[agents, self.joint_actions], state)  # (J, N), one state for all -> (J,)
         logits = self.f(q_i.detach()[None], state)[0]  # (N, A); L_pi stops here
-        return Values(stage1, q_tot, logits, logits[agents, self.joint_actions].sum(1))
-
-
-def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log softmax over available actions, -inf for the others: logits, mask (..., A) -> (..., A)."""
-    return F.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
+        return stage1, q_tot, logits, logits[agents, self.joint_actions].sum(1)
 
 
 def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -231,29 +175,25 @@ def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
-def policy(values: Values, game: Game, args: Args) -> torch.Tensor:
-    """pi_i(u | o_i, s) = softmax(f_i(Q_i(o_i, u)) / alpha) (Eq. 15): (K, N, A)."""
-    return masked_log_policy(values.logits / args.alpha, game.mask).exp()
+def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log softmax over available actions, -inf for the others: logits, mask (..., A) -> (..., A)."""
+    return F.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
 
 
-def act(values: Values, game: Game, args: Args, generators: list[torch.Generator]) -> torch.Tensor:
-    """Sample from the policy, independently for each environment and agent, by the Gumbel-max trick: (K, E, N)."""
-    log_policy = masked_log_policy(values.logits / args.alpha, game.mask).unsqueeze(1)  # (K, 1, N, A)
-    shape = (args.num_envs, *game.mask.shape)  # (E, N, A)
-    exponential = torch.stack([torch.empty(shape).exponential_(generator=generator) for generator in generators])
-    return (log_policy - exponential.log()).masked_fill(~game.mask, -torch.inf).argmax(-1)
+def act(logits: torch.Tensor, mask: torch.Tensor, num_envs: int, generators: list[torch.Generator]) -> torch.Tensor:
+    """Sample by the Gumbel-max trick, independently for each environment and agent: (K, N, A) -> (K, E, N)."""
+    log_policy = masked_log_policy(logits, mask).unsqueeze(1)  # (K, 1, N, A)
+    noise = [torch.empty(num_envs, *mask.shape).exponential_(generator=generator) for generator in generators]
+    return (log_policy - torch.stack(noise).log()).masked_fill(~mask, -torch.inf).argmax(-1)
 
 
-def compute_losses(values: Values, joint: torch.Tensor, reward: torch.Tensor, td_weight: torch.Tensor):
-    """L_Q (Eq. 13) and L_pi (Eq. 14) of every seed, (K,) each: joint, reward (K, B), td_weight (K,).
-
-    The game ends with its first step, so the target is the reward: no bootstrap, no entropy, no target networks.
-    """
-    q_tot = values.q_tot.gather(1, joint)  # (K, B)
-    td_error = q_tot - reward
+def compute_losses(q_tot, f_sum, joint, reward, td_weight) -> dict[str, torch.Tensor]:
+    """L_Q (Eq. 13) and L_pi (Eq. 14) of every seed, (K,) each: q_tot, f_sum (K, J), joint, reward (K, B)."""
+    q_tot = q_tot.gather(1, joint)  # (K, B)
+    td_error = q_tot - reward  # the game ends with its first step: no bootstrap, no entropy, no target networks
     weight = torch.where(td_error > 0, td_weight.unsqueeze(1), 1.0)
     loss_q = 0.5 * (weight * td_error.square()).mean(1)
-    loss_pi = 0.5 * (values.f_sum.gather(1, joint) - q_tot.detach()).square().mean(1)  # trains f alone
+    loss_pi = 0.5 * (f_sum.gather(1, joint) - q_tot.detach()).square().mean(1)  # trains f alone
     return {"losses/td": loss_q, "losses/policy": loss_pi}
 
 
@@ -266,33 +206,28 @@ def clip_grad_norm(parameters: list[torch.Tensor], max_norm: float) -> None:
 
 
 class Seeds:
-    """Networks, exploration and replay of K independent seeds, each of which draws from its own random numbers alone.
+    """Networks, exploration and replay of K seeds, trained as one batch; each draws from random numbers of its own."""
 
-    So a seed learns the same by itself or beside others, but for the rounding of batched matrix products.
-    """
-
-    def __init__(self, game: Game, args: Args, seeds: list[int], td_weight: list[float]):
-        self.game, self.args, self.step, self.td_weight = game, args, 0, torch.tensor(td_weight)  # (K,)
-        models, self.generators = [], [torch.Generator() for _ in seeds]
-        for seed, generator in zip(seeds, self.generators, strict=True):
+    def __init__(self, payoff: torch.Tensor, args: Args, seeds: list[int], td_weight: list[float]):
+        self.payoff, self.args, self.step, self.td_weight = payoff, args, 0, torch.tensor(td_weight)  # (n, m), (K,)
+        self.mask = torch.arange(max(payoff.shape)) < torch.tensor(payoff.shape).unsqueeze(1)  # (N, A): who has which
+        models, self.generators = [], []  # for exploration and replay; they go on where initialisation stopped
+        for seed in seeds:
             torch.manual_seed(seed)
-            models.append(Networks(game, args))
-            generator.set_state(torch.get_rng_state())  # exploration and replay go on where initialisation stopped
-        self.networks = vmap(lambda parameters: functional_call(models[0], parameters, ()))
+            models.append(Networks(payoff, args))
+            self.generators.append(torch.Generator().set_state(torch.get_rng_state()))
         self.parameters, _ = stack_module_state(models)  # (K, ...) each
+        self.values = lambda: vmap(lambda parameters: functional_call(models[0], parameters, ()))(self.parameters)
         groups = [[p for name, p in self.parameters.items() if name.startswith("f.") == is_f] for is_f in (False, True)]
-        groups = [{"params": group} for group in groups if group]  # theta and phi
-        self.optimizer = torch.optim.Adam(groups, args.learning_rate, fused=True)  # one for all: it is elementwise
+        self.optimizer = torch.optim.Adam([{"params": g} for g in groups if g], args.learning_rate, fused=True)
         self.replay = torch.zeros(len(seeds), args.buffer_size, dtype=torch.long)  # joint actions; they fix the reward
-
-    def values(self) -> Values:
-        return self.networks(self.parameters)
 
     def advance(self) -> dict[str, torch.Tensor]:
         """Play num_envs games and learn once; returns what is to be logged, (K, ...) each."""
-        values, args = self.values(), self.args  # one pass: acting and learning see the same networks
-        payoff = self.game.payoff.flatten()  # (J,)
-        played = self.game.joint(act(values, self.game, args, self.generators))  # (K, E)
+        args, (_, q_tot, logits, f_sum) = self.args, self.values()  # one pass for acting and learning
+        payoff = self.payoff.flatten().to(q_tot)  # (J,)
+        action = act(logits / args.alpha, self.mask, args.num_envs, self.generators)  # (K, E, N)
+        played = action[..., 0] * self.payoff.shape[1] + action[..., 1]  # (K, E)
         self.replay[:, torch.arange(self.step, self.step + args.num_envs) % args.buffer_size] = played
         self.step += args.num_envs
         losses = {}
@@ -300,7 +235,7 @@ class Seeds:
             size = min(self.step, args.buffer_size)
             chosen = torch.stack([torch.randint(size, (args.batch_size,), generator=g) for g in self.generators])
             joint = self.replay.gather(1, chosen)  # (K, B)
-            losses = compute_losses(values, joint, payoff[joint], self.td_weight)
+            losses = compute_losses(q_tot, f_sum, joint, payoff[joint], self.td_weight)
             self.optimizer.zero_grad()
             sum(losses.values()).sum().backward()
             for group in self.optimizer.param_groups:
@@ -311,132 +246,124 @@ class Seeds:
     @torch.no_grad()
     def test(self) -> dict[str, torch.Tensor]:
         """What was learnt: greedy joint actions (K, N), what they pay (K,), Q_tot (K, n, m), policies (K, N, A)."""
-        values, payoff = self.values(), self.game.payoff
-        greedy, pi = greedy_action(values.stage1, self.game.mask), policy(values, self.game, self.args)
-        pays = payoff.flatten()[self.game.joint(greedy)]
-        return {"greedy": greedy, "pays": pays, "q_tot": values.q_tot.unflatten(1, payoff.shape), "policy": pi}
+        stage1, q_tot, logits, _ = self.values()
+        greedy, q_tot = greedy_action(stage1, self.mask), q_tot.unflatten(1, self.payoff.shape)
+        policy = masked_log_policy(logits / self.args.alpha, self.mask).exp()
+        return {"greedy": greedy, "pays": self.payoff[greedy.unbind(1)], "q_tot": q_tot, "policy": policy}
 
 
-def wilson_interval(wins: float, n: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927)."""
-    z, p = 1.959964, wins / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-
-
-def summarise(tested: dict[str, torch.Tensor], game: Game, seeds: list[int], td_weight: float) -> dict:
-    """Of the seeds at one weight: how many found an optimal joint action, and what each has learnt."""
+def summarise(tested: dict, payoff: torch.Tensor, seeds: list[int], td_weight: float) -> tuple[dict, str]:
+    """What the seeds at one weight have learnt: all of it, and one seed of the most frequent outcome as Table 2."""
     learnt = {name: value.tolist() for name, value in tested.items()}
-    pays, (n, m) = learnt["pays"], game.payoff.shape
-    wins = pays.count(game.payoff.max().item())
-    shown = seeds[pays.index(max(pays, key=pays.count))]  # the first of the seeds that earn what most seeds earn
-    learnt["policy"] = [[row[:n], column[:m]] for row, column in learnt["policy"]]
-    result = {"td_weight": td_weight, "success_rate": wins / len(seeds), "successes": wins, "seeds": seeds}
-    return result | {"interval": wilson_interval(wins, len(seeds)), "representative": shown, **learnt}
+    learnt["policy"] = [[p[:size] for p, size in zip(both, payoff.shape, strict=True)] for both in learnt["policy"]]
+    pays, wins, n, z = learnt["pays"], learnt["pays"].count(payoff.max()), len(seeds), 1.959964
+    k = pays.index(max(pays, key=pays.count))  # the first of the seeds that earn what most seeds earn
+    centre, half = wins + z * z / 2, z * math.sqrt(wins * (n - wins) / n + z * z / 4)  # Wilson's 95 % interval
+    low, high = (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+    result = {"td_weight": td_weight, "success_rate": wins / n, "successes": wins, "seeds": seeds}
+    result |= {"interval": [low, high], "representative": seeds[k], **learnt}
+    names = [chr(ord("A") + u) if u < 26 else str(u) for u in range(max(payoff.shape))]  # of actions
+    rows, columns = ([f"{names[u]} {p:.2f}" for u, p in enumerate(policy)] for policy in learnt["policy"][k])
+    cells = [[row, *map("{:.2f}".format, q_tot)] for row, q_tot in zip(rows, learnt["q_tot"][k], strict=True)]
+    width = max(8, *(len(cell) + 2 for line in [columns, *cells] for cell in line))
+    text = f"\n--- Q_tot of seed {seeds[k]}, td-weight {td_weight:g}, its policies on the margins ---\n"
+    text += "".join("".join(cell.rjust(width) for cell in line) + "\n" for line in [["", *columns], *cells])
+    greedy = ", ".join(names[u] for u in learnt["greedy"][k])
+    text += f"greedy joint action ({greedy}) pays {pays[k]:.9g}, the most frequent outcome\n"
+    text += f"optimal joint action in {wins} of {n} seeds (95 % interval {low:.2f} to {high:.2f})\n"
+    return result, text
 
 
-def report(game: Game, results: list[dict], title: str) -> Figure:
-    """Print Q_tot and policies of the representative seeds in the layout of Table 2; draw them beside the payoff."""
-    panels = [("payoff", game.payoff.tolist(), *game.names)]
-    for r in results:
-        k, n, (low, high) = r["seeds"].index(r["representative"]), len(r["seeds"]), r["interval"]
-        q_tot, policies = r["q_tot"][k], r["policy"][k]
-        name = f"Q_tot of seed {r['representative']}, td-weight {r['td_weight']:g}"
-        rows, columns = ([f"{u} {p:.2f}" for u, p in zip(game.names[i], policies[i], strict=True)] for i in range(2))
-        panels.append((name, q_tot, rows, columns))
-        print(f"\n--- {name}, its policies on the margins ---\n{'':8}" + "".join(f"{label:>8}" for label in columns))
-        for label, values in zip(rows, q_tot, strict=True):
-            print(f"{label:>8}" + "".join(f"{value:8.2f}" for value in values))
-        greedy = ", ".join(game.names[i][u] for i, u in enumerate(r["greedy"][k]))
-        print(f"greedy joint action ({greedy}) pays {r['pays'][k]:g}, the most frequent outcome")
-        print(f"optimal joint action in {r['successes']} of {n} seeds (95 % interval {low:.2f} to {high:.2f})")
-    figure = Figure(figsize=(4.2 * len(panels), 4.4), layout="constrained")
-    figure.suptitle(title)
-    for axes, (name, matrix, rows, columns) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.imshow(matrix, alpha=0.6, vmin=game.payoff.min().item(), vmax=game.payoff.max().item())
-        axes.set(title=name, xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
-        for i, j in game.joint_actions.tolist():
-            axes.text(j, i, f"{round(matrix[i][j], 2):g}", ha="center", va="center")
-    return figure
+class InputError(ValueError):
+    """Something the user can put right, told in one sentence. On the command line: exit code 2, no traceback."""
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name and rename, so that no file is ever left half written."""
+def write(path: Path, text: str) -> None:
+    """Under a temporary name, then renamed, so that no file is ever left half written."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def prepare(args: Args) -> torch.Tensor:
+    """The payoff (n, m); InputError for whatever the user got wrong, before a file is made."""
+    for name, value in vars(args).items():
+        low, high = RANGES.get(name, (1, 2**31 - 1) if type(value) is int else (1e-9, 1e6))
+        if type(value) in (int, float) and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be in [{low:g}, {high:g}].")
+    if max(args.batch_size, args.num_envs) > min(args.buffer_size, args.total_timesteps):
+        raise InputError("--batch-size and --num-envs must not be larger than --buffer-size or --total-timesteps.")
+    try:
+        lines = [] if args.payoff in GAMES else Path(args.payoff).read_text(encoding="utf-8-sig").splitlines()
+        rows = [[float(value) for value in line.split(",")] for line in lines if line.strip()]
+        payoff = torch.tensor(GAMES.get(args.payoff, rows), dtype=torch.float64)  # for which 1000000 is not 999999.99
+    except (OSError, ValueError):
+        payoff = torch.empty(0)
+    if not payoff.numel() or not (payoff.abs() <= 1e6).all():
+        file = "a readable file of lines with equally many numbers up to 1e6, separated by commas"
+        raise InputError(f"--payoff {args.payoff} is neither one of {', '.join(GAMES)} nor {file}.")
+    return payoff
 
 
 def train(args: Args) -> dict:
     """Run the experiment at args.td_weight and at weight 1 and return what summary.json holds."""
-    check_args(args)
-    game = Game(load_payoff(args.payoff))
-    name = f"{Path(args.payoff).stem}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    payoff = prepare(args)
+    name = f"{Path(args.payoff).stem}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.run_dir or f"runs/{name}")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").touch(exist_ok=False)
+        run_dir.mkdir(parents=True, exist_ok=not any(run_dir.glob("*")))  # a new folder, or an empty one
+        (run_dir / "config.json").touch(exist_ok=False)  # of two runs that start at once, one fails here
     except OSError as error:
-        raise InputError(f"--run-dir {run_dir} already holds a run or cannot be written ({error.strerror}).") from None
-    about = {"args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
-    write_file(run_dir / "config.json", json.dumps(about, indent=2))
+        raise InputError(f"--run-dir {run_dir} already holds a run or files, or: {error.strerror}.") from None
+    about = {"algorithm": ALGORITHM, "args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
+    write(run_dir / "config.json", json.dumps(about, indent=2))
     seeds, weights = list(range(args.seed, args.seed + args.num_seeds)), list(dict.fromkeys((args.td_weight, 1.0)))
-    title = f"Soft-QMIX on {args.payoff}, alpha {args.alpha:g}, seeds {seeds[0]} to {seeds[-1]}"
-    print(f"{title} -> {run_dir}", flush=True)
-
-    learners = Seeds(game, args, seeds * len(weights), [w for w in weights for _ in seeds])  # K rows, weight by weight
+    learners = Seeds(payoff, args, seeds * len(weights), [w for w in weights for _ in seeds])  # weight by weight
     writers = [SummaryWriter(str(run_dir / f"td_weight_{w:g}")) for w in weights]
-    start_time, table = time.time(), []
-    bar = tqdm(range(0, args.total_timesteps, args.num_envs), unit="step", unit_scale=args.num_envs, mininterval=1)
-    for _ in bar:
+    start, table = time.monotonic(), []
+    rounds, every = range(0, args.total_timesteps, args.num_envs), 0.5 if sys.stderr.isatty() else 60  # seconds
+    for _ in tqdm(rounds, unit="step", unit_scale=args.num_envs, mininterval=every, miniters=1):
         logs, step = learners.advance(), learners.step
         if step < args.total_timesteps and (step < args.batch_size or step % args.eval_interval >= args.num_envs):
             continue
-        tested, results, sps = learners.test(), [], round(step * args.num_seeds / (time.time() - start_time))
+        tested, seconds = learners.test(), time.monotonic() - start
         if not tested["q_tot"].isfinite().all():
             raise FloatingPointError(f"Q_tot is not finite at step {step}: lower --learning-rate.")
         logs |= {"losses/q_tot": tested["q_tot"], "losses/entropy": torch.special.entr(tested["policy"]).sum((1, 2))}
-        logs |= {"eval/return_mean": tested["pays"], "eval/success_rate": tested["pays"] == game.payoff.max()}
+        logs |= {"eval/return_mean": tested["pays"], "eval/success_rate": tested["pays"] == payoff.max()}
         for i, (weight, writer) in enumerate(zip(weights, writers, strict=True)):
-            rows = slice(i * args.num_seeds, (i + 1) * args.num_seeds)
-            results.append(summarise({name: value[rows] for name, value in tested.items()}, game, seeds, weight))
-            means = {name: value[rows].double().mean().item() for name, value in logs.items()} | {"charts/SPS": sps}
+            means = {name: value.chunk(len(weights))[i].double().mean().item() for name, value in logs.items()}
+            means["charts/SPS"] = round(step * args.num_seeds / seconds)
             for name, mean in means.items():
                 writer.add_scalar(name, mean, step)
             table.append({"step": step, "td_weight": weight, **{name.split("/")[1]: m for name, m in means.items()}})
-        lines = [",".join(map(str, line)) for line in (table[0], *(row.values() for row in table))]
-        write_file(run_dir / "metrics.csv", "\n".join(lines) + "\n")
-        bar.set_postfix({f"optimal at weight {r['td_weight']:g}": f"{r['successes']}/{len(seeds)}" for r in results})
+        lines = [table[0], *(line.values() for line in table)]
+        write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
 
-    figure, picture = report(game, results, title), io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_file(run_dir / "q_tot.png", picture.getvalue())
-    writers[0].add_figure("q_tot", figure, step)
+    blocks = [{name: value.chunk(len(weights))[i] for name, value in tested.items()} for i in range(len(weights))]
+    results, texts = zip(*(summarise(b, payoff, seeds, w) for b, w in zip(blocks, weights, strict=True)), strict=True)
+    summary = about | {"payoff": payoff.tolist(), **results[0], "weight_1": results[-1], "seconds": round(seconds, 1)}
+    write(run_dir / "summary.json", json.dumps(summary, indent=2))
     for writer in writers:
         writer.close()
-    seconds = round(time.time() - start_time, 1)
-    summary = about | {"payoff": game.payoff.tolist(), **results[0], "weight_1": results[-1], "seconds": seconds}
-    write_file(run_dir / "summary.json", json.dumps(summary, indent=2))
-    print(f"\nPicture: {run_dir / 'q_tot.png'}")
+    print(f"Soft-QMIX on {args.payoff}, alpha {args.alpha:g}, seeds {seeds[0]} to {seeds[-1]} -> {run_dir}")
+    print("".join(texts), f"Picture: python plot.py '{run_dir}'", sep="\n", flush=True)
     return summary
 
 
 def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
-    torch.set_num_threads(1)  # the matrices are tiny: more threads would only wait for each other
+    """The command line. Exit codes: 2 for what the user can put right, 1 for other failures."""
     threading.excepthook = lambda _: None  # TensorBoard's thread fails on a full disk: train() is told, too
     try:
-        train(args)
-    except (InputError, OSError, FloatingPointError) as error:
+        train(tyro.cli(Args, description=__doc__))
+    except BrokenPipeError:  # nobody reads on; the files are written
+        os._exit(1)
+    except (OSError, InputError, FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise  # PyTorch says it in words only
-        print(f"error: out of memory; lower --num-seeds, --batch-size or --buffer-size. ({error})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

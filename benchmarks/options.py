@@ -1,14 +1,22 @@
 """Checks of options that several benchmarks have, made before anything is measured: one sentence, or None."""
 
+import math
 import os
+
+from envs.smacv2_sim import parse_map_name
+
+
+def too_low(**options) -> str | None:
+    """Which of these options, each given as its values and the lowest possible one, is below that or not finite."""
+    for name, (values, low) in options.items():
+        for value in values:
+            if not low <= value < math.inf:
+                return f"--{name.replace('_', '-')} is {value}; it must be finite and at least {low}."
+    return None
 
 
 def wrong_maps(maps) -> str | None:
     """What is wrong with the names of SMACv2 maps."""
-    from envs.smacv2_sim import (
-        parse_map_name,  # not above: numba must not be imported before its number of threads is set
-    )
-
     try:
         for map_name in maps:
             parse_map_name(map_name)
@@ -23,13 +31,4 @@ def wrong_json(path: str | None) -> str | None:
         open(path or os.devnull, "a").close()
     except OSError as error:
         return f"--json {path} cannot be written ({error.strerror}): choose another file."
-    return None
-
-
-def wrong_gpu_option(args) -> str | None:
-    """Whether CUDA graphs are asked for where there is no GPU."""
-    import torch  # not above, for the same reason
-
-    if args.cudagraphs and not (args.cuda and torch.cuda.is_available()):
-        return "--cudagraphs needs a GPU that PyTorch can use, and --cuda: leave it out."
     return None

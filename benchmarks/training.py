@@ -1,7 +1,7 @@
 """End-to-end speed of the training scripts at the paper's settings, and where the time goes.
 
     python benchmarks/training.py                                              # all four, a minute each
-    python benchmarks/training.py --scripts softqmix_smacv2 --num-envs 64 --cudagraphs --full-replay --seconds 480
+    python benchmarks/training.py --scripts softqmix_smacv2 --num-envs 64 --full-replay --seconds 480
     python benchmarks/training.py --scripts softqmix_smacv2 --maps protoss_5_vs_5 protoss_10_vs_10 --num-envs 4 16 64
 
 Trains with the script's own train(), with a clock around its parts, between two updates: the first one after the
@@ -17,7 +17,6 @@ import contextlib
 import importlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -35,66 +34,44 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.options import wrong_gpu_option, wrong_json, wrong_maps
+from benchmarks.options import too_low, wrong_json, wrong_maps
 
-PARTS = ("acting", "environment", "sampling", "learning", "logging", "tests", "checkpoints")
+SCRIPTS = ("softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe")
 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe"], ...] = (
-        "softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe",
-    )  # fmt: skip
-    """which scripts"""
-    maps: tuple[str, ...] = ("protoss_5_vs_5",)
-    """of the SMACv2 scripts, played on the simulator"""
-    levels: tuple[Literal["simple", "medium", "hard"], ...] = ("hard",)
-    """of the MPE scripts"""
-    num_envs: tuple[int, ...] = (4,)
-    """environments at a time"""
-    seconds: float = 60.0
-    """measured, after the warm-up"""
-    warm_up: float = 20.0
-    """seconds before"""
-    full_replay: bool = False
-    """let the warm-up last until the replay is full, if that comes later"""
-    compile: bool = False
-    """train with --compile"""
-    cudagraphs: bool = False
-    """train with --cudagraphs"""
-    threads: int = 0
-    """CPU threads of PyTorch and of the simulator; 0: their defaults"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    json: str | None = None
-    """also write the figures to this file"""
-
-
-def find_error(args: Args) -> str | None:
-    """What is wrong with the options, in one sentence."""
-    numbers = [("seconds", args.seconds, 1), ("warm-up", args.warm_up, 0), ("threads", args.threads, 0)]
-    for name, value, low in numbers + [("num-envs", number, 1) for number in args.num_envs]:
-        if not low <= value < math.inf:
-            return f"--{name} is {value}; it must be finite and at least {low}."
-    return wrong_maps(args.maps) or wrong_gpu_option(args) or wrong_json(args.json)
+    scripts: tuple[Literal["softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe"], ...] = SCRIPTS  # which ones
+    maps: tuple[str, ...] = ("protoss_5_vs_5",)  # of the SMACv2 scripts, played on the simulator
+    levels: tuple[Literal["simple", "medium", "hard"], ...] = ("hard",)  # of the MPE scripts
+    num_envs: tuple[int, ...] = (4,)  # environments at a time
+    seconds: float = 60.0  # measured, after the warm-up
+    warm_up: float = 20.0  # seconds before
+    full_replay: bool = False  # let the warm-up last until the replay is full, if that comes later
+    threads: int = 2  # of PyTorch and of the simulator on the CPU; the scripts take two
+    cuda: bool = True  # use the GPU if there is one
+    json: str | None = None  # also write the figures to this file
 
 
 def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
     """Train for the given time in this process, which is spoilt by it."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-        os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # before numba is imported
     script = importlib.import_module(name)
     if "smacv2" in name:
         environment, settings = script.SMACv2Sim, {"map": place, "backend": "sim"}
     else:
         environment, settings = script.Spread, {"level": place}
     cuda = args.cuda and torch.cuda.is_available()
-    spent, busy, marks, stop = dict.fromkeys(PARTS, 0.0), threading.Lock(), [], threading.Event()
-    steps = updates = stored = 0
+    parts = {
+        "acting": (script, "act"), "environment": (environment, "step"), "sampling": (script, "sample_batch"),
+        "learning": (script, "update"), "logging": (script.SummaryWriter, "add_scalar"),
+        "tests": (script, "evaluate"), "files": (script, "write"),
+    }  # fmt: skip
+    spent, calls = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0)
+    busy, stop, marks, stored = threading.Lock(), threading.Event(), [], 0
 
     def clock(part: str, function):
         def timed(*arguments, **options):
+            nonlocal stored
             if not busy.acquire(blocking=False):  # inside of another part, which is charged for it
                 return function(*arguments, **options)
             start = time.perf_counter()
@@ -104,85 +81,56 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
                 if cuda:
                     torch.cuda.synchronize()
                 spent[part] += time.perf_counter() - start
+                calls[part] += 1
                 busy.release()
+                if part == "sampling":
+                    stored = len(arguments[0])
+                if part == "learning":
+                    mark()
 
         return timed
 
-    def count_steps(act):
-        timed = clock("acting", act)
+    def mark():
+        """After an update: does the measurement begin or end here? More updates can follow in the same step."""
+        now = time.perf_counter()
+        warm = now > began + args.warm_up and (stored == options.buffer_size or not args.full_replay)
+        if not stop.is_set() and (now > marks[0][0] + args.seconds if marks else warm):
+            marks.append((now, time.process_time(), calls["acting"], calls["learning"], *spent.values()))
+            if len(marks) == 2:
+                stop.set()
 
-        def counted(*arguments):
-            nonlocal steps
-            steps += num_envs
-            return timed(*arguments)
-
-        return counted
-
-    def count_updates(update):
-        timed = clock("learning", update)
-
-        def counted(*arguments):
-            nonlocal updates
-            logs = timed(*arguments)
-            updates += 1
-            now = time.perf_counter()
-            warm = now > began + args.warm_up and (stored == options.buffer_size or not args.full_replay)
-            due = now > marks[0][0] + args.seconds if marks else warm
-            if due and not stop.is_set():  # more updates can follow in the same step
-                marks.append((now, time.process_time(), steps, updates, *spent.values()))
-                if len(marks) == 2:
-                    stop.set()
-            return logs
-
-        return counted
-
-    def count_episodes(sample):
-        def counted(replay, *arguments):
-            nonlocal stored
-            stored = len(replay)
-            return sample(replay, *arguments)
-
-        return counted
-
-    if args.cudagraphs:  # count the calls, not what they record
-        counters, graphs = {script.act: count_steps, script.update: count_updates}, script.CUDAGraphs
-        script.CUDAGraphs = lambda function: counters[function](graphs(function))
-    else:
-        script.act, script.update = count_steps(script.act), count_updates(script.update)
-    environment.step = clock("environment", environment.step)
-    script.Replay.sample = clock("sampling", count_episodes(script.Replay.sample))
-    script.SummaryWriter.add_scalar = clock("logging", script.SummaryWriter.add_scalar)
-    script.evaluate = clock("tests", script.evaluate)
-    script.save_checkpoint = clock("checkpoints", script.save_checkpoint)
-    began = time.perf_counter()
+    for part, (owner, function) in parts.items():
+        setattr(owner, function, clock(part, getattr(owner, function)))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as messages:
-        settings |= {"cuda": args.cuda, "compile": args.compile, "cudagraphs": args.cudagraphs}
-        options = script.Args(**settings, num_envs=num_envs, run_dir=f"{folder}/run")
+        options = script.Args(**settings, cuda=args.cuda, num_envs=num_envs, run_dir=f"{folder}/run")
+        began = time.perf_counter()
         with contextlib.redirect_stdout(messages), contextlib.suppress(KeyboardInterrupt):
             script.train(options, stop)
-    seconds, processor, steps, updates, *times = (b - a for a, b in zip(*marks, strict=True))
+    seconds, processor, acted, updates, *times = (b - a for a, b in zip(*marks, strict=True))
+    spent, steps = dict(zip(parts, times, strict=True)), acted * num_envs
     return {
         "script": name, "place": place, "num_envs": num_envs, "seconds": seconds, "steps": steps, "updates": updates,
         "steps/s": steps / seconds, "steps per processor second": steps / processor,
         "minutes for 10M steps, extrapolated": 1e7 / (steps / seconds) / 60, "episodes in the replay": stored,
         "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "GPU memory, MB": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
-        "ms of acting per step of all environments": 1000 * times[0] / (steps / num_envs),
-        "ms of sampling and learning per update": 1000 * (times[2] + times[3]) / updates,
-        "percent": {part: 100 * t / seconds for part, t in zip(PARTS, times, strict=True)}
+        "ms of acting per step of all environments": 1000 * spent["acting"] / acted if acted else None,
+        "ms of sampling and learning per update": 1000 * (spent["sampling"] + spent["learning"]) / updates,
+        "percent": {part: 100 * t / seconds for part, t in spent.items()}
         | {"the rest": 100 * (1 - sum(times) / seconds)},
     }  # fmt: skip
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
-    if error := find_error(args):
+    numbers = {"seconds": ([args.seconds], 1), "warm_up": ([args.warm_up], 0), "num_envs": (args.num_envs, 1)}
+    if error := too_low(**numbers, threads=([args.threads], 1)) or wrong_maps(args.maps) or wrong_json(args.json):
         print(f"error: {error}", file=sys.stderr)
         return 2
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(args.threads))  # of measuring processes
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the scripts
     name = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else f"{platform.machine()} CPU"
-    print(
-        f"{name}, {os.cpu_count()} cores, {args.threads or torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    print(f"{name}, {os.cpu_count()} cores, {args.threads} threads, torch {torch.__version__}")
     results = []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for script in args.scripts:

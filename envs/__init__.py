@@ -3,6 +3,7 @@
     from envs.smacv2_sim import SMACv2Sim       # SMACv2's rules without StarCraft II
     from envs.starcraft2 import StarCraft2      # StarCraft II itself, through the smacv2 package
     from envs.spread import Spread, SpreadMPE2  # MPE's Spread: batched in numpy, and mpe2's own
+    from envs.pettingzoo_batch import PettingZooBatch  # any cooperative PettingZoo environment
 
 Shapes: E environments side by side, N agents, A actions, O observation, S state features.
 

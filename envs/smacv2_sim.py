@@ -13,10 +13,14 @@ numba. Results on it are comparable with each other; they are not results on Sta
     obs, reward, terminated, truncated, info = env.step(actions)
 
     python -m envs.smacv2_sim terran_10_vs_10      # 2,000 random and 2,000 attack-the-nearest battles, about 10 seconds
+    python -m envs.smacv2_sim terran_5_vs_5 --watch battles.gif    # one of each, to look at
     python benchmarks/simulator.py                 # steps per second
     pytest tests/test_smacv2_sim.py
 
 The first use compiles the kernels (about 15 seconds) and keeps them in __pycache__, or where else numba may write.
+
+Three doors lead here, docs/simulator.md: envs/smacv2_package.py stands in for the smacv2 package in other people's
+trainers, envs/pettingzoo_smacv2.py is a PettingZoo environment, and envs/smacv2_render.py draws.
 
 Words: a *loop* is the game's smallest time unit, 1/16 of a catalogue ("data", game speed Normal) second; one
 environment step is 8 loops, half a data second. Lengths are map cells; the map is 32 x 32 and flat. Shapes: E battles
@@ -1321,6 +1325,19 @@ def refuse_unknown(game, options, environment):
         raise ValueError(f"{game} has no option {next(iter(options))}; it has {', '.join(others)} and {last}.")
 
 
+def is_decided(env, state):
+    """Has a battle ended because a side had no fighter left, rather than by the clock?
+
+    Args: env, the SMACv2Sim; state (S,), its last one, from final_info. Returns: bool.
+    """
+    width = 7 + int(env.race == "protoss")
+    allies, enemies = np.split(
+        state[: env.num_agents * width + env.num_enemies * (width - 1)], [env.num_agents * width]
+    )
+    fighters = slice(-3, -1 if env.race == "terran" else None)  # of the type columns, whose last one is the medivac's
+    return not (allies.reshape(-1, width)[:, fighters].any() and enemies.reshape(-1, width - 1)[:, fighters].any())
+
+
 class SMACv2Sim:
     """`num_envs` SMACv2 battles on one map, stepped together; the interface is that of envs/__init__.py.
 
@@ -1495,6 +1512,15 @@ class SMACv2Sim:
         views = self._new_views()
         view_all(self._world, self._rules, views)
         return tuple(views) if env_index is None else tuple(view[env_index].copy() for view in views)
+
+    def render(self, env_index=0, **options):
+        """Draw a battle as it stands. Args: options agent, size and others of envs.smacv2_render.draw.
+
+        Returns: (height, width, 3) uint8. Errors: IndexError for a battle that does not exist.
+        """
+        from .smacv2_render import draw
+
+        return draw(self, self._world.units[env_index], int(self._world.battles["step"][env_index]), **options)
 
     def load_battle(self, env_index, allies, enemies, last_actions=None):
         """Replace one battle by given units, kept in the given order, all without orders; the enemy script looks first.
@@ -1691,19 +1717,26 @@ def play_battles(map_name, battles, choose, **options):
 def main():
     import argparse
 
+    rng = np.random.default_rng(0)
+    scripts = {"random": lambda env, mask: random_actions(mask, rng), "nearest": nearest_attack_actions}
     parser = argparse.ArgumentParser(
         prog="python -m envs.smacv2_sim", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("maps", nargs="*", default=[f"{race}_5_vs_5" for race in RACES], help="default: %(default)s")
-    maps = parser.parse_args().maps
+    parser.add_argument("--watch", metavar="FILE.gif", help="film a battle of each player instead")
+    args = parser.parse_args()
+    maps = args.maps
     try:
         for map_name in maps:
             SMACv2Sim(map_name, 1)
-    except ValueError as error:
+        if args.watch:
+            from .smacv2_render import watch
+
+            print("written:", *watch(args.watch, maps, scripts))
+            return 0
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rng = np.random.default_rng(0)
-    scripts = {"random": lambda env, mask: random_actions(mask, rng), "nearest": nearest_attack_actions}
     for map_name in maps:
         for script, choose in scripts.items():
             start = time.time()

@@ -61,14 +61,17 @@ class Spread:
         self.position = np.zeros((num_envs, 3, 2))  # of the agents, (E, N, 2)
         self.velocity = np.zeros((num_envs, 3, 2))
         self.landmark = np.zeros((num_envs, 3, 2))
+        self.film: list[tuple[np.ndarray, np.ndarray]] = []  # positions (E, N, 2) and rewards (E,) of this episode
 
     def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
         """Start a new episode everywhere: the first one of `seed`, or without a seed the next one in line."""
         if seed is not None:
             self.seed, self.episode = seed, -1
         self.episode, self.t = self.episode + 1, 0
+        self.last_landmark = self.landmark
         self.position, self.landmark = start_positions(self.level, self.num_envs, self.seed, self.episode)
         self.velocity = np.zeros_like(self.position)
+        self.film, self.last_film = [(self.position.copy(), np.zeros(self.num_envs))], self.film
         self._load()
         return self.observe()
 
@@ -83,6 +86,7 @@ class Spread:
             raise ValueError(f"environment {env}, agent {agent}: action {actions[env, agent]} is not in 0..4")
         self.t += 1
         reward = self._move(actions).astype(np.float32)
+        self.film.append((self.position.copy(), reward))
         terminated = np.full(self.num_envs, self.t == self.episode_limit)  # step 25 is a true end: no bootstrap
         obs, info = self.observe()
         if self.t == self.episode_limit:
@@ -114,6 +118,11 @@ class Spread:
         self.seed, self.episode, self.t = (int(number) for number in state["clock"])
         self._load()
         return self.observe()
+
+    def draw(self, env_index: int) -> list[np.ndarray]:
+        """Frames of that environment's last episode, see draw_episode."""
+        positions, rewards = (np.stack([step[i][env_index] for step in self.last_film]) for i in (0, 1))
+        return draw_episode(positions, self.last_landmark[env_index], rewards[1:])
 
     def close(self) -> None:
         """Nothing to do."""
@@ -242,7 +251,8 @@ def draw_episode(positions: np.ndarray, landmarks: np.ndarray, rewards: np.ndarr
     return frames + 9 * frames[-1:]
 
 
-def save_gif(path: str, frames: list[np.ndarray], fps: int = 10) -> None:
-    """Write frames (H, W, 3) uint8 as an endless GIF."""
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+def save_video(env: Spread, path: str, fps: int = 10) -> tuple[int, int]:
+    """Write the last episode of every environment as one endless GIF; returns height and width in pixels."""
+    first, *rest = [Image.fromarray(frame) for e in range(env.num_envs) for frame in env.draw(e)]
     first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    return first.height, first.width

@@ -59,6 +59,15 @@ def check_starcraft2(map_name: str) -> dict[str, str]:
     return found
 
 
+def is_installed(map_name: str) -> bool:
+    """Whether check_starcraft2 finds everything; ValueError for an impossible map all the same."""
+    parse_map_name(map_name)
+    try:
+        return bool(check_starcraft2(map_name))
+    except ValueError:
+        return False
+
+
 def check_number(name: str, value, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}.")

@@ -5,6 +5,10 @@ action (L, N), reward (L,) and terminated (L,).
 """
 
 import csv
+import json
+import signal
+import sys
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +25,7 @@ SMACV2, MPE = (softqmix_smacv2, qmix_smacv2), (softqmix_mpe, qmix_mpe)
 SOFT, PLAIN = (softqmix_smacv2, softqmix_mpe), (qmix_smacv2, qmix_mpe)
 CPU = torch.device("cpu")
 SIZES = SimpleNamespace(num_agents=3, num_actions=5, obs_size=4, state_size=6)  # all that networks know of a game
+ROOT = Path(__file__).parent.parent
 
 
 def over(scripts):
@@ -54,8 +59,9 @@ def random_episodes(lengths, seed=0, cut_off=(), **settings) -> list[dict]:
 
 
 def make_args(script, **changes):
-    args = script.Args(**changes)
-    script.check_args(args)
+    """Options as a run has them: checked, and what depends on the map filled in."""
+    args = script.Args(**({"backend": "sim"} if script in SMACV2 else {}) | changes)
+    script.prepare(args)
     return args
 
 
@@ -67,11 +73,11 @@ def make_networks(script, args, dtype=torch.float32, game=SIZES):
 
 
 def parts(networks) -> dict[str, torch.nn.Module]:
-    """The networks that there are: agent, g, mixer, their targets, and f."""
+    """The networks that there are: agent, g, mixer, their targets, and f. What is switched off is a plain function."""
     found = {"f": getattr(networks, "f", None)}
     for prefix, critic in (("", networks.critic), ("target ", networks.target)):
         found |= {prefix + name: getattr(critic, name, None) for name in ("agent", "g", "mixer")}
-    return {name: part for name, part in found.items() if part is not None}
+    return {name: part for name, part in found.items() if isinstance(part, torch.nn.Module)}
 
 
 def new_optimizer(script, networks, kind=torch.optim.Adam, **settings):
@@ -80,12 +86,17 @@ def new_optimizer(script, networks, kind=torch.optim.Adam, **settings):
 
 def step_agent(agent, obs, last_action, hidden):
     """One step of each environment: obs (E, N, O), last_action (E, N), hidden (E, N, H) -> values (E, N, A), hidden."""
-    return agent.step(obs, last_action, hidden)
+    return agent(obs, last_action, hidden)
 
 
-def stand_in(function, hidden_size=64):
+class StandIn:
     """An agent that computes values and the next hidden state by this function."""
-    return SimpleNamespace(step=function, hidden_size=hidden_size)
+
+    def __init__(self, function, hidden_size=64):
+        self.function, self.hidden_size = function, hidden_size
+
+    def __call__(self, obs, last_action, hidden):
+        return self.function(obs, last_action, hidden)
 
 
 def walk_agent(agent, episode) -> list[torch.Tensor]:
@@ -101,51 +112,62 @@ def walk_agent(agent, episode) -> list[torch.Tensor]:
 
 def unroll_agent(agent, batch) -> list[torch.Tensor]:
     """The agent's values (L+1, N, A) of each of a batch's episodes, computed at once."""
-    last_action = torch.full(batch.obs.shape[:2], -1)
-    last_action[batch.num_episodes[0] :] = batch.action
-    values = agent.unroll(agent.encode(batch.obs, last_action), batch.num_episodes)
-    return episode_by_episode(values, batch.num_episodes)
+    return episode_by_episode(agent(batch.obs, batch.last_action, sizes=batch.sizes)[0], batch.sizes)
 
 
 # --- Replay and learning ---
+
+
+def to_rows(episode: dict) -> dict[str, torch.Tensor]:
+    """What a script stores of an episode: L + 1 rows, each with the step that led there."""
+    rows = {name: episode[name] for name in ("obs", "state", "mask")}
+    for name, column, nothing in (
+        ("last_action", "action", -1),
+        ("reward",) * 2 + (0,),
+        ("terminated",) * 2 + (False,),
+    ):
+        first = np.full_like(episode[column][:1], nothing)
+        rows[name] = np.concatenate([first, episode[column]])
+    return {name: torch.from_numpy(np.array(array)) for name, array in rows.items()}
+
+
+def from_rows(rows: dict) -> dict[str, np.ndarray]:
+    """The reverse. Nothing led to an episode's first row."""
+    rows = {name: column.numpy() for name, column in rows.items()}
+    episode = {name: rows[name] for name in ("obs", "state", "mask")}
+    for name, column, nothing in (
+        ("last_action", "action", -1),
+        ("reward",) * 2 + (0,),
+        ("terminated",) * 2 + (False,),
+    ):
+        assert (rows[name][0] == nothing).all()
+        episode[column] = rows[name][1:]
+    return episode
 
 
 class Replay:
     """A script's replay."""
 
     def __init__(self, script, capacity: int, episodes=()):
-        self.script, self.memory = script, script.Replay(capacity, CPU)
-        for episode in episodes:
-            self.add(episode)
+        self.script, self.memory = script, deque(map(to_rows, episodes), maxlen=capacity)
 
     def __len__(self):
         return len(self.memory)
 
     def add(self, episode: dict) -> None:
-        self.memory.add({name: array.copy() for name, array in episode.items()})
+        self.memory.append(to_rows(episode))
 
-    def sample(self, batch_size: int):
-        return self.memory.sample(batch_size, CPU)
+    def sample(self, batch_size: int, device=CPU):
+        return self.script.sample_batch(self.memory, batch_size, device)
 
     def episodes(self) -> list[dict]:
-        return stored_episodes(self.memory)
-
-    def restored(self, path, capacity: int) -> "Replay":
-        """What a checkpoint makes of it."""
-        torch.save(self.memory.state_dict(), path)
-        other = Replay(self.script, capacity)
-        other.memory.load_state_dict(torch.load(path, weights_only=True))
-        return other
+        return list(map(from_rows, self.memory))
 
 
-def stored_episodes(memory) -> list[dict]:
-    return [{name: value.numpy() for name, value in episode.items()} for episode in memory.episodes]
-
-
-def episode_by_episode(rows: torch.Tensor, num_episodes: list[int]) -> list[torch.Tensor]:
+def episode_by_episode(rows: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
     """Rows in order of time -> each episode's rows."""
-    times = rows.split(num_episodes)
-    return [torch.stack([time[b] for time in times if b < len(time)]) for b in range(num_episodes[0])]
+    times = rows.split(sizes)
+    return [torch.stack([time[b] for time in times if b < len(time)]) for b in range(sizes[0])]
 
 
 def order_of_time(columns: list[torch.Tensor]) -> torch.Tensor:
@@ -153,11 +175,11 @@ def order_of_time(columns: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([c[t] for t in range(len(columns[0])) for c in columns if t < len(c)])
 
 
-def make_batch(script, episodes: list[dict], dtype=torch.float32):
+def make_batch(script, episodes: list[dict], dtype=torch.float32, device=CPU):
     """All of these episodes as one batch, and the episodes in the batch's order."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", torch.arange)  # so that the order of episodes of one length is known
-        batch = Replay(script, len(episodes), episodes).sample(len(episodes))
+        batch = Replay(script, len(episodes), episodes).sample(len(episodes), device)
     for name in ("obs", "state", "reward"):
         setattr(batch, name, getattr(batch, name).to(dtype))
     return batch, sorted(episodes, key=lambda episode: len(episode["reward"]), reverse=True)
@@ -165,10 +187,9 @@ def make_batch(script, episodes: list[dict], dtype=torch.float32):
 
 def batch_episodes(batch) -> list[dict]:
     """What is in a batch, episode by episode."""
-    whole = {name: batch.num_episodes for name in ("obs", "state", "mask")}
-    sizes = dict.fromkeys(("action", "reward", "terminated"), batch.num_episodes[1:]) | whole
-    columns = {name: episode_by_episode(getattr(batch, name), size) for name, size in sizes.items()}
-    return [{name: c[b].numpy() for name, c in columns.items()} for b in range(batch.num_episodes[0])]
+    names = ("obs", "state", "mask", "last_action", "reward", "terminated")
+    columns = {name: episode_by_episode(getattr(batch, name), batch.sizes) for name in names}
+    return [from_rows({name: column[b] for name, column in columns.items()}) for b in range(batch.sizes[0])]
 
 
 def no_dice(script, monkeypatch) -> None:
@@ -179,11 +200,12 @@ def no_dice(script, monkeypatch) -> None:
 
 def td_targets(script, columns: list[dict], gamma, td_lambda, alpha) -> list[torch.Tensor]:
     """y_t of episodes given by reward, terminated, next_q and next_log_policy (L,); the longest episode comes first."""
-    batch, _ = make_batch(script, random_episodes([len(column["reward"]) for column in columns]))
+    lengths = [len(column["reward"]) for column in columns]
+    sizes = [sum(t < n for n in lengths) for t in range(lengths[0])]
     names = ["reward", "terminated", "next_q"] + ["next_log_policy"] * (script in SOFT)
     rows = [order_of_time([column[name] for column in columns]) for name in names]
-    y = script.td_lambda_targets(*rows, batch, gamma, td_lambda, *([alpha] if script in SOFT else []))
-    return episode_by_episode(y, batch.num_episodes[1:])
+    y = script.td_lambda_targets(*rows, sizes, gamma, td_lambda, *([alpha] if script in SOFT else []))
+    return episode_by_episode(y, sizes)
 
 
 def compute_losses(script, networks, batch, args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -201,12 +223,13 @@ def move_target(script, networks, tau: float) -> None:
 
 def act(script, networks, view: dict, last_action, hidden, exploration: float):
     """Actions (E, N) and hidden state; exploration is alpha or epsilon."""
-    return script.act(networks, view, last_action, hidden, exploration)
+    return script.act(networks, view | {"last_action": last_action}, hidden, exploration)
 
 
 def acting_on(arguments: tuple) -> tuple:
     """View, last action, hidden state and exploration, of the arguments that a script's act got."""
-    return arguments[1:]
+    _, row, hidden, exploration = arguments
+    return {name: row[name] for name in ("obs", "state", "mask")}, row["last_action"], hidden, exploration
 
 
 def log_policy(script, networks, values, state, mask, alpha: float) -> torch.Tensor:
@@ -220,13 +243,49 @@ def log_policy(script, networks, values, state, mask, alpha: float) -> torch.Ten
 def evaluate(script, agent, env, episodes: int, seed: int = 7) -> dict:
     """Greedy test episodes."""
     if script in MPE:
-        return script.evaluate(agent, env, CPU, seed)
-    return script.evaluate(agent, env, episodes, seed, CPU)
+        return script.evaluate(agent, env, episodes, CPU, seed)
+    return script.evaluate(agent, env, episodes, [seed], CPU)
+
+
+def small_args(script, run_dir, **changes):
+    """A run of a second or two."""
+    settings = dict(map="terran_3_vs_2", backend="sim") if script in SMACV2 else dict(level="medium")
+    settings |= dict(total_timesteps=1200, batch_size=8, buffer_size=24, eval_interval=400, eval_episodes=4)
+    settings |= dict(target_update_interval=8, checkpoint_interval=10**6, run_dir=str(run_dir))
+    return script.Args(**(settings | changes))
+
+
+def resumed_args(script, run_dir, **changes):
+    """The options with which a run goes on."""
+    return script.Args(**config_of(run_dir)["args"] | {"run_dir": None, "resume": str(run_dir)} | changes)
 
 
 def train(script, args) -> dict:
     """A run; returns what summary.json holds."""
     return script.train(args)
+
+
+def run_main(script, capsys, *options) -> tuple[int, str]:
+    """The command line within this process: exit code, and what was printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+            code = script.main()
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def one_sentence(code_and_output: tuple[int, str], code: int = 2) -> str:
+    """What was printed, which must be one line and no traceback."""
+    assert code_and_output[0] == code, code_and_output
+    (sentence,) = code_and_output[1].strip().splitlines()
+    return sentence
 
 
 def evaluated_agent(arguments: tuple):
@@ -235,20 +294,26 @@ def evaluated_agent(arguments: tuple):
 
 
 def checkpoint_of(run_dir) -> SimpleNamespace:
-    """The newest checkpoint: the networks' parameters, optimiser, replay, counts, and the policy written beside it."""
-    newest = max(Path(run_dir).glob("checkpoints/*"), key=lambda folder: int(folder.name))
-    saved, replay = torch.load(newest / "training.pt"), newest / "replay.pt"
+    """A run's checkpoint: the networks' parameters, optimiser, replay, counts, and the policy written beside it."""
+    saved = torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+    step, episodes, updates, *_ = saved["loop"]
     networks = saved["networks"]
+    assert step == saved["step"]
     return SimpleNamespace(
         saved=saved,
+        counts=(step, episodes, updates),
         networks=networks,
         agent={name.removeprefix("critic.agent."): x for name, x in networks.items() if "critic.agent." in name},
         target_agent={name.removeprefix("target.agent."): x for name, x in networks.items() if "target.agent." in name},
         optimizer=saved["optimizer"],
-        replay=torch.load(replay) if replay.exists() else None,
-        policy=torch.load(newest / "policy.pt", weights_only=True),
-        newest_policy=torch.load(Path(run_dir) / "policy.pt", weights_only=True),
+        replay=saved["replay"],
+        lengths=[rows - 1 for rows in saved["lengths"]],
+        policy=torch.load(Path(run_dir) / "policy.pt", weights_only=True),
     )
+
+
+def config_of(run_dir, name="config") -> dict:
+    return json.loads((Path(run_dir) / f"{name}.json").read_text())
 
 
 def read_metrics(run_dir, drop=("sps", "seconds")) -> list[dict[str, str]]:

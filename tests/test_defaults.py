@@ -29,11 +29,11 @@ ANY = {"max_grad_norm": 10.0, "seed": 1}
 SOFT_ANY = {"use_g": True, "use_f": True}
 LONG = {
     "gamma": 0.99, "tau": 1.0, "td_weight": 1.0, "episodes_per_update": 4, "checkpoint_interval": 500_000,
-    "checkpoint_replay": True, "buffer_device": "auto", "cuda": True, "resume": None, "evaluate": None, "run_dir": None,
+    "cuda": True, "track": False, "resume": None, "evaluate": None, "run_dir": None,
 }  # fmt: skip
 ON_SMACV2 = {
     "map": "protoss_5_vs_5", "backend": "auto", "total_timesteps": 10_050_000, "eval_interval": 10_000,
-    "eval_episodes": 32, "reward_scale": "expected", "enemy_wipe": False,
+    "eval_episodes": 32, "env_options": {},
 }  # fmt: skip
 ON_MPE = {
     "level": "hard", "backend": "batched", "total_timesteps": 10_000_000, "eval_interval": 20_000,

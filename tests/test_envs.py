@@ -85,8 +85,8 @@ def test_games_say_what_they_are():
         (
             StarCraft2,
             {"enemy_wipe": True},
-            "StarCraft II has no option enemy_wipe; it has reward_scale, fix_enemy_wipe, prob_obs_enemy, action_mask "
-            "and timeout.",
+            "StarCraft II has no option enemy_wipe; it has reward_scale, fix_enemy_wipe, prob_obs_enemy, action_mask, "
+            "replay_folder and timeout.",
         ),
         *[(game, {"enemy_wipe": True}, "MPE Spread has no option enemy_wipe; it has none at all.") for game in SPREAD],
         *[(game, {"reward_scale": "none"}, "reward_scale is 'none', expected one of") for game in SMACV2],

@@ -1,11 +1,12 @@
 """Test episodes of all four scripts, in an environment whose lengths, wins and returns are known in advance."""
 
+import math
 import statistics
 
 import numpy as np
 import pytest
 import torch
-from common import MPE, SIZES, SMACV2, evaluate, over, stand_in
+from common import MPE, SIZES, SMACV2, StandIn, evaluate, over
 
 # The episodes of each environment, over and over: steps, whether it is won, return, whether a time limit cuts it off
 BATTLES = (
@@ -69,7 +70,7 @@ def count(inputs):
         values = torch.where(torch.arange(Known.num_actions) == obs[..., :1] % Known.num_actions, -1.0, 1.0)
         return values, hidden + 1
 
-    return stand_in(step, hidden_size=1)
+    return StandIn(step, hidden_size=1)
 
 
 @over(SMACV2)
@@ -79,9 +80,8 @@ def test_every_environment_counts_its_first_battles_however_short(script, quota)
     counted = [env[i % len(env)] for env in BATTLES for i in range(quota)]
     returns = [total for _, _, total, _ in counted]
     assert evaluate(script, count([]), Known(BATTLES), 3 * quota) == {
-        "episodes": 3 * quota,
         "return_mean": pytest.approx(statistics.mean(returns)),
-        "return_std": pytest.approx(statistics.pstdev(returns)),
+        "return_std": pytest.approx(statistics.stdev(returns)),
         "win_rate": pytest.approx(sum(won for _, won, _, _ in counted) / len(counted)),
     }
 
@@ -89,10 +89,9 @@ def test_every_environment_counts_its_first_battles_however_short(script, quota)
 @over(MPE)
 def test_every_environment_plays_one_episode(script):
     assert evaluate(script, count([]), Known(SPREAD), 3) == {
-        "episodes": 3,
         "return_mean": pytest.approx(-4.5),
-        "return_std": pytest.approx(statistics.pstdev([-5, -1, -7.5])),
-        "return_se": pytest.approx(statistics.pstdev([-5, -1, -7.5]) / 3**0.5),
+        "return_std": pytest.approx(statistics.stdev([-5, -1, -7.5])),
+        "return_se": pytest.approx(statistics.stdev([-5, -1, -7.5]) / 3**0.5),
     }
 
 
@@ -111,14 +110,22 @@ def test_each_battle_begins_without_memory(script):
 @over(SMACV2 + MPE)
 def test_the_seed_decides_the_battles(script):
     env = Known(SPREAD)
-    for seed in (3, 8):
+    for seed in (3, 8, 3):
         evaluate(script, count([]), env, 3, seed)
-    assert env.seeds == [3, 8]
+    one, other, again = env.seeds
+    assert one == again != other
+
+
+@over(SMACV2 + MPE)
+def test_a_single_episode_has_no_deviation(script):
+    result = evaluate(script, count([]), Known(SPREAD[:1]), 1)
+    assert result["return_mean"] == -5
+    assert math.isnan(result["return_std"])
 
 
 @over(SMACV2)
 def test_real_battles_follow_the_seed(script):
-    env = script.make_env(script.Args(map="terran_3_vs_2"), 4, 0)
+    env = script.make_env(script.Args(map="terran_3_vs_2", backend="sim"), 4, 0)
     torch.manual_seed(0)
     agent = script.Agent(env.obs_size, env.num_agents, env.num_actions)
     first, again, other = (evaluate(script, agent, env, 12, seed) for seed in (7, 7, 8))
@@ -129,4 +136,5 @@ def test_real_battles_follow_the_seed(script):
 @over(SMACV2)
 @pytest.mark.parametrize(("episodes", "num_envs"), [(1, 1), (32, 32), (1000, 50), (97, 1), (128, 64)])
 def test_evaluation_environments_divide_the_battles(script, episodes, num_envs):
-    assert script.make_eval_env(script.Args(map="terran_3_vs_2", eval_episodes=episodes)).num_envs == num_envs
+    _, eval_env, _, _ = script.prepare(script.Args(map="terran_3_vs_2", backend="sim", eval_episodes=episodes))
+    assert eval_env.num_envs == num_envs

@@ -4,8 +4,11 @@ import ast
 import csv
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
+import plot
 import qmix_matrix
 import softqmix_matrix
 import softqmix_smacv2
@@ -39,7 +44,19 @@ def float64():
 
 
 def make_seeds(script, seeds=(1, 2, 3), td_weight=(1.0, 0.3, 0.1), payoff=softqmix_matrix.GAMES["table1"], **settings):
-    return script.Seeds(script.Game(payoff), script.Args(**settings), list(seeds), list(td_weight))
+    payoff = torch.tensor(payoff, dtype=torch.float64)
+    return script.Seeds(payoff, script.Args(**settings), list(seeds), list(td_weight))
+
+
+def joint(learners, action):
+    """Which of the J joint actions: (..., 2) -> (...)."""
+    return action[..., 0] * learners.payoff.shape[1] + action[..., 1]
+
+
+def losses_of(script, learners, played, reward):
+    """The losses (K,) of those joint actions and rewards (K, B)."""
+    _, q_tot, *soft = learners.values()  # of Soft-QMIX logits and the sum of f_i, too
+    return script.compute_losses(q_tot, *soft[1:], played, reward, learners.td_weight)
 
 
 def advance(learners, updates: int):
@@ -86,17 +103,16 @@ def test_mixer_is_monotonic_and_transformations_keep_the_order(trial, float64):
 
 @both
 def test_q_tot_of_every_joint_action_is_the_mixers(script, float64):
-    game = script.Game(WIDE)
-    networks = script.Networks(game, script.Args())
-    values, state = networks(), torch.ones(1, 1)
-    q_i = networks.g(values.stage1[None], state)[0] if script is softqmix_matrix else values.stage1
+    networks = script.Networks(torch.tensor(WIDE), script.Args())
+    (stage1, q_tot, *soft), state = networks(), torch.ones(1, 1)
+    q_i = networks.g(stage1[None], state)[0] if script is softqmix_matrix else stage1
     for j, (row, column) in enumerate((i, k) for i in range(2) for k in range(3)):
         q = torch.stack([q_i[0, row], q_i[1, column]])[None]
-        torch.testing.assert_close(values.q_tot[j], networks.mixer(q, state)[0])
-        assert game.joint(torch.tensor([row, column])) == j
+        torch.testing.assert_close(q_tot[j], networks.mixer(q, state)[0])
+        assert networks.joint_actions[j].tolist() == [row, column]
         if script is softqmix_matrix:
             f = networks.f(q.unsqueeze(-1), state)
-            torch.testing.assert_close(values.f_sum[j], f.sum())
+            torch.testing.assert_close(soft[1][j], f.sum())
 
 
 # --- acting ---
@@ -108,18 +124,18 @@ def test_acting_follows_the_policy_and_the_mask(script, float64):
     learners = make_seeds(script, payoff=WIDE, num_envs=20_000, buffer_size=20_000, total_timesteps=20_000, **settings)
     pi = learners.test()["policy"]  # (K, N, A)
     learners.advance()
-    counts = torch.stack([torch.bincount(joint, minlength=6) for joint in learners.replay]).view(3, 2, 3)
+    counts = torch.stack([torch.bincount(played, minlength=6) for played in learners.replay]).view(3, 2, 3)
     assert (pi[:, 0, 2] == 0).all()  # the first agent's missing action
     torch.testing.assert_close(pi.sum(-1), torch.ones(3, 2))
-    joint = pi[:, 0, :2, None] * pi[:, 1, None, :]
-    torch.testing.assert_close(counts / 20_000, joint, rtol=0, atol=0.016)  # 4.5 standard errors
-    assert joint.std() > 0.02  # else any policy would pass
+    expected = pi[:, 0, :2, None] * pi[:, 1, None, :]
+    torch.testing.assert_close(counts / 20_000, expected, rtol=0, atol=0.016)  # 4.5 standard errors
+    assert expected.std() > 0.02  # else any policy would pass
 
 
 def test_soft_policy_is_equation_15(float64):
     learners = make_seeds(softqmix_matrix, alpha=0.2)
-    values = learners.values()
-    expected = (values.logits / 0.2).exp() / (values.logits / 0.2).exp().sum(-1, keepdim=True)
+    logits = learners.values()[2]
+    expected = (logits / 0.2).exp() / (logits / 0.2).exp().sum(-1, keepdim=True)
     torch.testing.assert_close(learners.test()["policy"], expected)
 
 
@@ -134,14 +150,13 @@ def test_epsilon_schedule(step, expected):
 
 def test_losses_by_hand():
     """Q_tot is (3, 1), the batch holds 3 against 1, 3 against 4 and 1 against 1.5: only the first is too high."""
-    values = softqmix_matrix.Values(None, torch.tensor([[3.0, 1.0]]), None, torch.tensor([[2.0, 5.0]]))
+    q_tot, f_sum = torch.tensor([[3.0, 1.0]]), torch.tensor([[2.0, 5.0]])
     batch = torch.tensor([[0, 0, 1]]), torch.tensor([[1.0, 4.0, 1.5]])
-    losses = softqmix_matrix.compute_losses(values, *batch, torch.tensor([0.1]))
+    losses = softqmix_matrix.compute_losses(q_tot, f_sum, *batch, torch.tensor([0.1]))
     loss_q, loss_pi = losses["losses/td"], losses["losses/policy"]
     assert loss_q.item() == pytest.approx(0.5 * (0.1 * 4 + 1 + 0.25) / 3)
     assert loss_pi.item() == pytest.approx(0.5 * (1 + 1 + 16) / 3)
-    plain = qmix_matrix.Values(None, values.q_tot)
-    assert qmix_matrix.compute_losses(plain, *batch, torch.tensor([0.1])) == {"losses/td": loss_q}
+    assert qmix_matrix.compute_losses(q_tot, *batch, torch.tensor([0.1])) == {"losses/td": loss_q}
 
 
 def test_gradients_stop_where_the_paper_says():
@@ -150,7 +165,7 @@ def test_gradients_stop_where_the_paper_says():
     batch = torch.randint(9, (3, 16)), torch.randn(3, 16)
     names = list(learners.parameters)
     for which, trained in (("losses/td", ("agent.", "mixer.", "g.")), ("losses/policy", ("f.",))):
-        loss = softqmix_matrix.compute_losses(learners.values(), *batch, learners.td_weight)[which].sum()
+        loss = losses_of(softqmix_matrix, learners, *batch)[which].sum()
         gradients = torch.autograd.grad(loss, list(learners.parameters.values()), allow_unused=True)
         reached = {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
         assert reached == {name for name in names if name.startswith(trained)}
@@ -201,14 +216,14 @@ def test_replay_holds_the_last_games_and_updates_see_games_that_were_played_only
     for round_ in range(1, 6):
         learners.advance()
         assert len(batches) == round_ - 1
-        games = learners.game.joint(torch.cat(played, dim=1))[:, -14:]
+        games = joint(learners, torch.cat(played, dim=1))[:, -14:]
         if round_ == 1:
             continue
         assert torch.equal(learners.replay[:, : games.shape[1]].sort().values, games.sort().values)
-        _, joint, reward, td_weight = batches[-1]
-        assert joint.shape == (3, 12)
-        assert all(set(ours) <= set(theirs) for ours, theirs in zip(joint.tolist(), games.tolist(), strict=True))
-        assert torch.equal(reward, learners.game.payoff.flatten()[joint])
+        drawn, reward, td_weight = batches[-1][-3:]
+        assert drawn.shape == (3, 12)
+        assert all(set(ours) <= set(theirs) for ours, theirs in zip(drawn.tolist(), games.tolist(), strict=True))
+        assert torch.equal(reward, learners.payoff.flatten()[drawn].float())
         assert torch.equal(td_weight, learners.td_weight)
 
 
@@ -227,8 +242,8 @@ def test_updates_see_nothing_of_games_yet_to_come(script):
 def test_every_update_follows_the_gradient_of_its_own_batch(script, max_grad_norm, float64):
     """In a game of one cell every batch is the same: L_Q and L_pi of the first pass, clipped for each by itself."""
     learners = make_seeds(script, payoff=((5.0,),), batch_size=8, learning_rate=0.0, max_grad_norm=max_grad_norm)
-    values, cells = learners.values(), torch.zeros(3, 8, dtype=torch.long)
-    loss = sum(script.compute_losses(values, cells, cells + 5.0, learners.td_weight).values()).sum()
+    cells = torch.zeros(3, 8, dtype=torch.long)
+    loss = sum(losses_of(script, learners, cells, cells + 5.0).values()).sum()
     names, parameters = zip(*learners.parameters.items(), strict=True)
     expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     for is_f in (False, True):
@@ -245,7 +260,7 @@ def test_every_update_follows_the_gradient_of_its_own_batch(script, max_grad_nor
 @both
 def test_greedy_actions_pay_their_cell(script):
     learners = make_seeds(script, seeds=range(20), td_weight=[1.0] * 20, payoff=WIDE)
-    tested, values = learners.test(), learners.values().stage1
+    tested, values = learners.test(), learners.values()[0]
     rows, columns = values[:, 0, :2].argmax(-1).tolist(), values[:, 1].argmax(-1).tolist()
     assert tested["greedy"].tolist() == [list(pair) for pair in zip(rows, columns, strict=True)]
     assert tested["pays"].tolist() == [WIDE[row][column] for row, column in zip(rows, columns, strict=True)]
@@ -262,7 +277,7 @@ def test_options_of_adam_and_its_groups(script):
 def test_exploration_falls_with_the_games_played():
     learners = make_seeds(qmix_matrix, num_envs=500, epsilon_finish=0.0, epsilon_anneal_time=1000)
     for explores in (True, True, False):
-        greedy = learners.game.joint(learners.test()["greedy"])  # (K,), before the update
+        greedy = joint(learners, learners.test()["greedy"])  # (K,), before the update
         begin = learners.step
         learners.advance()
         others = (learners.replay[:, begin : learners.step] != greedy[:, None]).double().mean(1)
@@ -279,14 +294,14 @@ def test_ablations_and_the_sum_learn(changes):
     q_tot = learners.test()["q_tot"]
     torch.testing.assert_close(q_tot[:, 0, 0] + q_tot[:, 1, 1], q_tot[:, 0, 1] + q_tot[:, 1, 0])
     played = learners.replay[:, : learners.step]  # (K, all games so far)
-    batch = played, learners.game.payoff.flatten()[played]
-    before, after = (softqmix_matrix.compute_losses(x.values(), *batch, x.td_weight) for x in (fresh, learners))
+    batch = played, learners.payoff.flatten()[played]
+    before, after = (losses_of(softqmix_matrix, x, *batch) for x in (fresh, learners))
     assert (after["losses/td"] < 0.8 * before["losses/td"]).all()  # a sum cannot fit this game
     if changes.get("use_f", True):
         assert (after["losses/policy"] < 0.5 * before["losses/policy"]).all()
-    values = learners.values()
+    stage1, _, logits, _ = learners.values()
     if changes == {"use_g": False, "use_f": False}:
-        assert torch.equal(values.logits, values.stage1)
+        assert torch.equal(logits, stage1)
     assert any(name.startswith("f.") for name in learners.parameters) == changes.get("use_f", True)
 
 
@@ -299,12 +314,13 @@ def run_script(monkeypatch, script, *options) -> int:
 
 
 @both
-@pytest.mark.parametrize("allocate", [lambda _: torch.empty(10**15), lambda _: np.empty(10**15)])
-def test_running_out_of_memory_gets_one_sentence(script, allocate, monkeypatch, capsys):
-    monkeypatch.setattr(script, "train", allocate)
+def test_running_out_of_memory_gets_one_sentence(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "train", lambda _: np.empty(10**15))
     monkeypatch.setattr(sys, "argv", [script.__name__])
     assert script.main() == 1
-    assert capsys.readouterr().err.startswith("error: out of memory; lower --num-seeds")
+    err = capsys.readouterr().err
+    assert err.startswith("error: Unable to allocate")
+    assert err.count("\n") == 1
 
 
 @both
@@ -316,7 +332,7 @@ def test_other_errors_of_pytorch_are_not_hidden(script, monkeypatch):
 
 
 @both
-def test_from_the_command_line(script, tmp_path):
+def test_from_the_command_line(script, tmp_path, monkeypatch):
     """Defaults, but 1,000 games (after 500 the outcome hardly changes): optimum with the weight, mostly not without."""
     command = [sys.executable, f"{script.__name__}.py", "--run-dir", str(tmp_path), "--total-timesteps", "1000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -338,7 +354,15 @@ def test_from_the_command_line(script, tmp_path):
     assert len(failed) == 16 - theirs["successes"]
     values = [theirs["q_tot"][k][row][column] for k in failed for row, column in [theirs["greedy"][k]]]
     assert abs(np.median(values)) < 1
-    assert Image.open(tmp_path / "q_tot.png").width > 1000
+    assert done.stdout.endswith(f"Picture: python plot.py '{tmp_path}'\n")
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
+    assert plot.main() == 0
+    with Image.open(tmp_path / "q_tot.png") as picture:
+        assert picture.width > 2000
+        assert picture.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+    assert json.loads((tmp_path / "config.json").read_text())["algorithm"] == script.__name__
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(done.stderr.split("\r")) <= 4  # the bar, at its start, after every minute and at its end
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows[::2]] == [500, 1000]
@@ -347,7 +371,6 @@ def test_from_the_command_line(script, tmp_path):
         events = EventAccumulator(str(tmp_path / f"td_weight_{weight}")).Reload()
         scalars = {"eval/success_rate", "eval/return_mean", "losses/td", "losses/q_tot", "charts/SPS"}
         assert scalars <= set(events.Tags()["scalars"])
-        assert bool(events.Tags()["images"]) == (weight == "0.1")
 
 
 @both
@@ -367,6 +390,141 @@ def test_own_payoff_of_any_shape(script, tmp_path, monkeypatch, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+def picture_of(run_dir, monkeypatch, args: dict, payoff, tested: list[dict], weights):
+    """What plot.py draws of a run with these results at these weights."""
+    pairs = zip(tested, weights, strict=True)
+    results = [softqmix_matrix.summarise(learnt, payoff, [1, 2, 3], weight)[0] for learnt, weight in pairs]
+    summary = {"args": args, "payoff": payoff.tolist(), **results[0], "weight_1": results[-1]}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    figures, make = [], plot.plt.Figure
+    monkeypatch.setattr(plot.plt, "Figure", lambda **options: figures.append(make(**options)) or figures[-1])
+    assert plot.matrix_picture(run_dir) == run_dir / "q_tot.png"
+    return figures[0]
+
+
+@both
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (2, 6), (30, 1)])
+def test_nothing_collides_in_the_picture(script, shape, tmp_path, monkeypatch):
+    """Neither titles nor numbers, and all that is written lies in the picture."""
+    payoff = torch.randn(shape, dtype=torch.float64) * 100
+    tested = make_seeds(script, payoff=payoff.tolist()).test()
+    args = vars(script.Args(payoff="an_own_game.csv"))
+    figure = picture_of(tmp_path, monkeypatch, args, payoff, [tested, tested], (0.1, 1.0))
+    figure.set_dpi(200)  # as it was saved
+    figure.canvas.draw()
+    texts = [figure._suptitle, *(axes.title for axes in figure.axes), *(t for axes in figure.axes for t in axes.texts)]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) > 3 * payoff.numel() + 4
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    assert [axes.get_ylabel() for axes in figure.axes][-1] == "payoff, Q_tot"  # the colour bar
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"agent 1", "agent 2"}
+
+
+@both
+def test_large_payoffs_keep_their_digits_and_columns_their_distance(script, tmp_path, monkeypatch):
+    payoff = torch.tensor([[1e6, 999999.99], [-1e6, 0.0]], dtype=torch.float64)
+    tested = make_seeds(script, payoff=payoff.tolist()).test()
+    tested |= {"pays": payoff[0, [1, 1, 0]], "q_tot": payoff.expand(3, 2, 2)}
+    result, text = script.summarise(tested, payoff, [1, 2, 3], 1.0)
+    assert result["successes"] == 1
+    lines = text.splitlines()
+    assert "pays 999999.99, the most frequent" in text
+    assert [line.split()[2:] for line in lines[3:5]] == [["1000000.00", "999999.99"], ["-1000000.00", "0.00"]]
+    assert len({len(line) for line in lines[2:5]}) == 1
+    figure = picture_of(tmp_path, monkeypatch, vars(script.Args(td_weight=1)), payoff, [tested], [1.0])
+    assert len(figure.axes) == 4  # two panels, the policies below the second, the colour bar
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1000000", "999999.99", "-1000000", "0"]
+
+
+@both
+def test_copied_alone_it_runs_in_a_folder_of_its_own(script, tmp_path):
+    """Named after payoff, experiment, seed, time and process, so that runs started at once never share one."""
+    copy = shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
+    command = [sys.executable, copy, "--num-seeds", "1", "--total-timesteps", "140", "--seed", "7"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
+        assert run.wait() == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(rf"table1__{script.__name__}__7__\d{{8}}-\d{{6}}-{run.pid}", folder.name)
+    files = {"config.json", "metrics.csv", "summary.json", "td_weight_0.1", "td_weight_1"}
+    assert {path.name for path in folder.iterdir()} == files
+
+
+@both
+def test_of_two_runs_started_at_once_in_one_folder_one_is_refused(script, tmp_path, monkeypatch, capsys):
+    """Both find it empty; the second finds the first one's config.json all the same, and leaves it as it is."""
+    (tmp_path / "config.json").write_text("the first one's")
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    assert run_script(monkeypatch, script, "--run-dir", tmp_path) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["the first one's"]
+
+
+@both
+def test_foreign_files_are_left_alone(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "summary.json").write_text("mine")
+    assert run_script(monkeypatch, script, "--run-dir", tmp_path) == 2
+    assert "already holds a run or files" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert (tmp_path / "summary.json").read_text() == "mine"
+
+
+@both
+def test_a_closed_output_loses_no_file(script, tmp_path):
+    command = [sys.executable, ROOT / f"{script.__name__}.py", "--num-seeds", "1", "--total-timesteps", "140"]
+    command += ["--run-dir", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        errors = run.stderr.read()
+    assert run.returncode == 1
+    assert "rror" not in errors  # nothing but the bar
+    assert {"summary.json", "metrics.csv"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+@both
+def test_a_file_is_whole_or_as_it_was(script, tmp_path, monkeypatch):
+    script.write(tmp_path / "file", "old")
+
+    def fill_the_disk(path, text):
+        path.write_bytes(b"ne")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        script.write(tmp_path / "file", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@both
+def test_all_files_are_written_before_the_words(script, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "builtins.print", lambda *words, **_: said.append(({p.name for p in tmp_path.iterdir()}, words))
+    )
+    script.train(script.Args(num_seeds=1, total_timesteps=140, run_dir=str(tmp_path)))
+    assert {"config.json", "summary.json", "metrics.csv"} <= said[0][0]
+    assert "Q_tot of seed 1" in said[1][1][0]
+
+
+@both
+def test_durations_come_from_a_clock_that_nobody_sets(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9 - len(list(tmp_path.iterdir())) * 1e6)  # set back again and again
+    summary = script.train(script.Args(num_seeds=1, total_timesteps=140, run_dir=str(tmp_path)))
+    assert 0 < summary["seconds"] < 60
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert all(float(row["SPS"]) > 0 for row in csv.DictReader(file))
+
+
+@both
+def test_the_bar_writes_a_line_a_minute_to_a_file(script, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(script, "tqdm", lambda *args, **options: bars.append(tqdm(*args, **options)) or bars[-1])
+    script.train(script.Args(num_seeds=1, total_timesteps=140, run_dir=str(tmp_path)))
+    assert (bars[0].mininterval, bars[0].dynamic_miniters) == (60, False)  # else tqdm's monitor adds its own
+
+
 BAD_FILES = {
     "ragged": "1,2\n3\n",
     "words": "1,two\n",
@@ -384,7 +542,8 @@ BAD_FILES = {
         *(["--payoff", name] for name in (*BAD_FILES, "no_such_game", ".")),
         *(["--num-seeds", "0"], ["--total-timesteps", "-4"], ["--learning-rate", "0"], ["--max-grad-norm", "nan"]),
         *(["--td-weight", "-1"], ["--seed", "-1"], ["--batch-size", "6000"], ["--total-timesteps", "100"]),
-        *(["--num-envs", "6000"], ["--eval-interval", "0"], ["--run-dir", "words/below"]),
+        *(["--num-envs", "6000"], ["--eval-interval", "0"], ["--run-dir", "words/below"], ["--run-dir", "."]),
+        *(["--learning-rate", "1e-50"], ["--learning-rate", "inf"], ["--num-seeds", "1" + 20 * "0"]),
     ],
     ids=" ".join,
 )
@@ -406,6 +565,8 @@ def test_bad_input_is_one_sentence(script, options, tmp_path, monkeypatch, capsy
     [
         (softqmix_matrix, ["--alpha", "0"]),
         (softqmix_matrix, ["--alpha", "inf"]),
+        (softqmix_matrix, ["--alpha", "1e-50"]),
+        (softqmix_matrix, ["--alpha", "1e30"]),
         (qmix_matrix, ["--epsilon-start", "1.5"]),
         (qmix_matrix, ["--epsilon-finish", "-0.1"]),
         (qmix_matrix, ["--epsilon-anneal-time", "-1"]),
@@ -427,7 +588,12 @@ def test_malformed_flags(script, options, monkeypatch, capsys):
 
 def test_wilson_interval():
     """Against the definition: the proportions whose score test at 95 % does not reject 3 of 16."""
-    for bound in softqmix_matrix.wilson_interval(3, 16):
+    payoff, pays = torch.tensor([[0.0, 1.0]]), (torch.arange(16) < 3).long()
+    greedy, q_tot = torch.stack([torch.zeros_like(pays), pays], dim=1), payoff.expand(16, 1, 2)
+    tested = {"greedy": greedy, "pays": pays, "q_tot": q_tot, "policy": torch.ones(16, 2, 2)}
+    result, _ = softqmix_matrix.summarise(tested, payoff, list(range(16)), 1.0)
+    assert result["success_rate"] == 3 / 16
+    for bound in result["interval"]:
         assert abs(3 / 16 - bound) / math.sqrt(bound * (1 - bound) / 16) == pytest.approx(1.959964)
 
 
@@ -439,21 +605,16 @@ def test_twins_share_their_blocks():
         for source in sources
     )
     different = {name for name in soft.keys() & qmix.keys() if soft[name] != qmix[name]}
-    assert different == {
-        "Args",
-        "check_args",
-        "Values",
-        "Networks",
-        "policy",
-        "act",
-        "compute_losses",
-        "Seeds",
-        "train",
-    }
+    assert different == {"Args", "Networks", "act", "compute_losses", "Seeds", "train"}
+    assert soft.keys() - qmix.keys() == {"TransformG", "TransformF", "masked_log_policy"}
+    assert qmix.keys() - soft.keys() == {"epsilon_at"}
 
 
-@pytest.mark.parametrize("name", ["InputError", "hypernetwork", "Mixer", "VDNMixer", "TransformF"])
-def test_networks_are_those_of_smacv2(name):
+SHARED = ("InputError", "hypernetwork", "Mixer", "TransformF", "greedy_action", "masked_log_policy")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_blocks_are_those_of_smacv2(name):
     ours, theirs = ((ROOT / f"softqmix_{place}.py").read_text() for place in ("matrix", "smacv2"))
     sources = [
         ast.get_source_segment(s, n)
@@ -465,8 +626,32 @@ def test_networks_are_those_of_smacv2(name):
     assert sources[0] == sources[1]
 
 
+@both
+def test_beginning_is_that_of_smacv2(script):
+    """What stands before the imports, but for envs/, which these scripts do without."""
+    ours, theirs = ((ROOT / name).read_text() for name in (f"{script.__name__}.py", "softqmix_smacv2.py"))
+    block, other = (
+        text[text.index("if __name__") :].partition("import json")[0].splitlines() for text in (ours, theirs)
+    )
+    assert len(block) >= 5
+    assert [line for line in block if line and line not in other] == []
+
+
+@both
+def test_pep_723_block_names_what_is_imported(script):
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    block = [line.removeprefix("# ") for line in source.splitlines() if line.startswith("#")][:4]
+    assert (block[0], block[-1]) == ("/// script", "///")
+    wanted = set(re.findall(r'"([^"]+)"', block[2]))
+    known = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert wanted <= known
+    imported = {re.split(r"[. ]", line)[1] for line in re.findall(r"^(?:import|from) .*", source, re.MULTILINE)}
+    named = {re.match(r"\w+", text)[0] for text in wanted}
+    assert imported - sys.stdlib_module_names == named - {"tensorboard"}  # which torch.utils imports
+
+
 def test_g_computes_what_that_of_smacv2_does():
-    """Only the text differs: large batches are worth splitting there, not here."""
+    """Only the text differs, and with it the rounding."""
     ours, theirs = (script.TransformG(1, 2).double() for script in (softqmix_matrix, softqmix_smacv2))
     theirs.load_state_dict(ours.state_dict())
     x, state = torch.randn(300, 2, 3).double(), torch.randn(300, 1).double()

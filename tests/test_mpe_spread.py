@@ -22,7 +22,7 @@ from envs.spread import (
     SpreadMPE2,
     distance,
     draw_episode,
-    save_gif,
+    save_video,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -389,20 +389,23 @@ def test_a_covered_landmark_is_seen():
     assert crosses == pytest.approx(near(free, LANDMARK_COLOUR).sum(), rel=0.05)
 
 
-def test_gif_of_an_episode(tmp_path, monkeypatch):
+def test_gif_of_the_episode_that_has_ended(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    env = Spread("simple", 2, seed=3)
+    env = Spread("simple", 1, seed=3)
     env.reset()
-    positions, rewards = [env.position[1].copy()], []
-    for actions in random_actions(24, 2):
-        rewards.append(env.step(actions)[1][1])
-        positions.append(env.position[1].copy())
-    frames = draw_episode(positions, env.landmark[1], rewards)
-    assert len(np.unique(np.stack(frames)[:, ::5, ::5].reshape(34, -1), axis=0)) == 25  # it moves in every frame
-    save_gif(tmp_path / "episode.gif", frames)
+    positions, rewards, landmarks = [env.position[0].copy()], [], env.landmark[0].copy()
+    for actions in random_actions(25, 1):
+        _, reward, *_, info = env.step(actions)
+        rewards.append(reward[0])
+        positions.append(info["final_obs"][0, :, 2:4] if "final_obs" in info else env.position[0].copy())
+    frames = draw_episode(positions, landmarks, rewards)
+    assert len(np.unique(np.stack(frames)[:, ::5, ::5].reshape(35, -1), axis=0)) == 26  # it moves in every frame
+    env.step(np.zeros((1, 3), np.int64))  # of the next episode
+    np.testing.assert_allclose(np.stack(env.draw(0)), np.stack(frames), atol=2)  # the last view is float32
+    assert save_video(env, tmp_path / "episode.gif") == (SIZE + HEADER, SIZE)
     with Image.open(tmp_path / "episode.gif") as gif:
-        assert (gif.n_frames, gif.info["duration"], gif.info["loop"], gif.size) == (25, 100, 0, (SIZE, SIZE + HEADER))
-        for index in (0, 12, 24):
+        assert (gif.n_frames, gif.info["duration"], gif.info["loop"], gif.size) == (26, 100, 0, (SIZE, SIZE + HEADER))
+        for index in (0, 12, 25):
             gif.seek(index)
             assert abs(np.array(gif.convert("RGB")).astype(int) - frames[index]).mean() < 1  # palette of 256 colours
         assert gif.info["duration"] == 1000  # to see the end

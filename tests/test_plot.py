@@ -1,5 +1,6 @@
-"""plot.py: grouping, averages and intervals by hand-computed numbers, the picture, and what is said of bad input."""
+"""plot.py: grouping, statistics by hand-computed numbers, the picture, and what is said of bad input."""
 
+import itertools
 import json
 import sys
 
@@ -11,11 +12,12 @@ from PIL import Image
 import plot
 
 
-def write_run(folder, name, seed, win_rates, backend="sim", **options):
-    """A finished run with an evaluation every 10,000 steps."""
+def write_run(folder, name, seed, win_rates, backend="sim", algorithm=None, place="zerg_5_vs_5", **options):
+    """A finished run with an evaluation every 10,000 steps; without an algorithm, one from before it was written."""
     folder.mkdir(parents=True)
-    args = {"exp_name": name, "map": "zerg_5_vs_5", "seed": seed, **options}
-    (folder / "config.json").write_text(json.dumps({"args": args, "backend": backend, "simulator_version": "1"}))
+    config = {"args": {"exp_name": name, "map": place, "seed": seed, **options}, "backend": backend}
+    config |= {"simulator_version": "1", **({"algorithm": algorithm} if algorithm else {})}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = [f"{10_000 * i},{w},{10 * w},{60 * i}" for i, w in enumerate(win_rates)]
     (folder / "metrics.csv").write_text("\n".join(["step,win_rate,return_mean,seconds", *rows]))
 
@@ -26,12 +28,16 @@ def run_plot(monkeypatch, capsys, *options):
 
 
 def cells(printed):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.out.splitlines() if "zerg" in line]
+    lines = [line for line in printed.out.splitlines() if line.startswith("| ") and "where" not in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+# --- Which runs belong together ---
 
 
 def test_table_and_picture(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", "soft", 1, [0.0, 0.4, 0.5], alpha=0.03)
-    write_run(tmp_path / "b", "soft", 2, [0.0, 0.6, 0.7], alpha=0.03, younger_option=True)
+    write_run(tmp_path / "b", "soft", 2, [0.0, 0.6, 0.7], alpha=0.03, checkpoint_interval=5)
     write_run(tmp_path / "c", "soft", 1, [0.0, 0.0, 0.0], alpha=0.5)
     write_run(tmp_path / "d", "soft", 1, [1.0, 1.0, 1.0], backend="starcraft2", alpha=0.03)
     write_run(tmp_path / "f", "qmix", 1, [0.0, 0.0, 0.0])
@@ -44,51 +50,242 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys):
     assert printed.out.splitlines()[-1] == f"Picture: {tmp_path / 'x.png'}"
     rows = cells(printed)
     assert [row[:4] for row in rows] == [
-        ["zerg_5_vs_5 (sim 1)", "qmix", "win_rate", "1"],  # older than the option in which the others differ
-        ["zerg_5_vs_5 (sim 1)", "qmix td_weight=0.1", "win_rate", "1"],
-        ["zerg_5_vs_5 (sim 1)", "qmix td_weight=1", "win_rate", "1"],
-        ["zerg_5_vs_5 (sim 1)", "soft alpha=0.03", "win_rate", "2"],
-        ["zerg_5_vs_5 (sim 1)", "soft alpha=0.5", "win_rate", "1"],
-        ["zerg_5_vs_5 (starcraft2 1)", "soft", "win_rate", "1"],  # never averaged with the simulator's
+        ["zerg_5_vs_5 (sim 1)", "qmix", "win_rate", "1 (few)"],  # does not know the option that the others have
+        ["zerg_5_vs_5 (sim 1)", "qmix td_weight=0.1", "win_rate", "1 (few)"],
+        ["zerg_5_vs_5 (sim 1)", "qmix td_weight=1", "win_rate", "1 (few)"],
+        ["zerg_5_vs_5 (sim 1)", "soft alpha=0.03", "win_rate", "2 (few)"],
+        ["zerg_5_vs_5 (sim 1)", "soft alpha=0.5", "win_rate", "1 (few)"],
+        ["zerg_5_vs_5 (starcraft2 1)", "soft", "win_rate", "1 (few)"],  # never averaged with the simulator's
     ]
     # At 20,000 .3 and .4333, final .45 and .65, area .325 and .475; the standard deviation of two is |a - b| / sqrt 2
-    assert rows[3][4:] == ["20,000", "0.367 +- 0.094", "0.55 +- 0.14", "0.4 +- 0.11"]
+    assert rows[3][4:] == ["20,000", "0.367 +- 0.094", "0.55 +- 0.14", "0.4 +- 0.11", "0.45 to 0.65"]
     assert Image.open(tmp_path / "x.png").width > 800
 
 
-def test_table_averages_the_last_50000_steps_and_stops_with_the_shortest_run(tmp_path, monkeypatch, capsys):
-    write_run(tmp_path / "a", "soft", 1, [0.0] * 6 + [0.5] * 5)  # 100,000 steps
-    write_run(tmp_path / "b", "soft", 2, [0.0] * 6 + [0.5] * 2)  # 70,000
-    options = ("--out", tmp_path / "x.svg", "--final", 1, "--at", 70_000, 100_000)
-    _, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
-    # At 70,000: (0 + 0 + 0 + .5 + .5) / 5; 100,000: not all got there; area: (.25 + .5) / 7
-    assert cells(printed)[0][3:] == ["2", "70,000", "0.2 +- 0", "", "0.5 +- 0", "0.107 +- 0"]
-    assert "95 % t interval" in (tmp_path / "x.svg").read_text()  # the caption, in a comment of the file
+def test_algorithms_under_one_name_are_never_averaged(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "mine", 1, [0.5], algorithm="softqmix_smacv2", alpha=0.03)
+    write_run(tmp_path / "b", "mine", 2, [0.5], algorithm="qmix_smacv2")
+    write_run(tmp_path / "c", "mine", 3, [0.5], algorithm="qmix_smacv2", mixer="vdn")  # only this one knows it
+    write_run(tmp_path / "d", "qmix_smacv2", 1, [0.5], algorithm="qmix_smacv2")
+    write_run(tmp_path / "e", "qmix_smacv2", 2, [0.5])  # older
+    write_run(tmp_path / "f", "mine", 2, [0.5])  # older: of either, who knows
+    code, printed = run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png")
+    assert code == 0
+    assert [(row[1], row[3]) for row in cells(printed)] == [
+        ("mine", "1 (few)"), ("qmix_smacv2", "1 (few)"), ("qmix_smacv2 (older)", "1 (few)"),
+        ("qmix_smacv2 mine", "1 (few)"),
+        ("qmix_smacv2 mine mixer=vdn", "1 (few)"), ("softqmix_smacv2 mine", "1 (few)"),
+    ]  # fmt: skip
 
 
-def curve(step, win_rate):
-    return plot.Run("", "", {}, 1, {"step": np.array(step, float), "win_rate": np.array(win_rate, float)})
+def test_older_runs_did_what_their_later_options_say(tmp_path, monkeypatch, capsys):
+    """Published runs of one experiment differ in which options their script knew."""
+    later = {"fix_enemy_wipe": False, "prob_obs_enemy": 1.0, "action_mask": True}
+    write_run(tmp_path / "a", "qmix", 1, [0.5])
+    write_run(tmp_path / "b", "qmix", 2, [0.5], **later)
+    write_run(tmp_path / "c", "qmix", 3, [0.5], **later | {"prob_obs_enemy": 0.5})
+    _, printed = run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png")
+    assert [(row[1], row[3]) for row in cells(printed)] == [
+        ("qmix prob_obs_enemy=0.5", "1 (few)"), ("qmix prob_obs_enemy=1.0", "2 (few)")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("win_rates", "mean", "half"),
+    ("folder", "row"),
     [
-        ([[0.2, 0.6]], [0.2, 0.6], [0, 0]),
-        ([[0, 1], [1, 3]], [0.5, 2], [12.71 / 2, 12.71]),  # t(1) s / sqrt 2, s = |a - b| / sqrt 2
-        ([[0, 0], [1, 5], [2, 10]], [1, 5], [4.30 / 3**0.5, 5 * 4.30 / 3**0.5]),  # t(2) s / sqrt 3, s = 1 and 5
+        ("smacv2_sim", "| zerg_5_vs_5 (sim 1) | softqmix_smacv2 | win_rate | 3 (few) | 500,000 | 0.146 +- 0.014 | "
+         "0.298 +- 0.069 | 0.573 +- 0.024 | 0.563 +- 0.017 | 0.34 +- 0.024 |"),
+        ("smacv2_sim_1M", "| protoss_5_vs_5 (sim 1) | qmix_smacv2 | win_rate | 3 (few) | 1,000,000 | 0.117 +- 0.031 | "
+         "0.129 +- 0.052 | 0.221 +- 0.043 | 0.442 +- 0.064 | 0.438 +- 0.068 | 0.246 +- 0.03 |"),
+        ("mpe", "| spread simple (batched) | qmix_mpe | return_mean | 3 (few) | 1,000,000 | -380 +- 69 | "
+         "-295 +- 170 | -178 +- 7.1 | -166 +- 1.8 | -166 +- 0.97 | -221 +- 30 |"),
+    ],
+)  # fmt: skip
+def test_published_runs_give_the_published_figures(tmp_path, monkeypatch, capsys, folder, row):
+    code, printed = run_plot(monkeypatch, capsys, plot.Path(plot.__file__).parent / "results" / folder,
+                             "--out", tmp_path / "x.png")  # fmt: skip
+    assert (code, printed.err) == (0, "")
+    assert sum(line.startswith(row) for line in printed.out.splitlines()) == 1
+    assert len(cells(printed)) == (2 if folder.endswith("1M") else 6)
+
+
+# --- Runs of unequal length ---
+
+
+def test_a_stopped_run_counts_as_far_as_it_goes_and_is_named(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0] * 6 + [0.5] * 5)  # 100,000 steps
+    write_run(tmp_path / "b", "soft", 2, [0.0] * 6 + [0.5] * 2)  # 70,000
+    write_run(tmp_path / "c", "soft", 3, [0.0] * 6 + [0.7] * 5)
+    options = ("--out", tmp_path / "x.svg", "--final", 1, "--at", 70_000, 100_000)
+    _, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
+    # At 70,000: (0 + 0 + 0 + .5 + .5) / 5 twice and .28; then .5 and .7 of two seeds; area: (.25 + 4 * .5) / 10, * 1.4
+    assert cells(printed)[0][3:] == [
+        "3 (few)", "70,000 to 100,000", "0.227 +- 0.046", "0.6 +- 0.14 (2 of 3)", "0.6 +- 0.14 (2 of 3)",
+        "0.27 +- 0.064 (2 of 3)", "0.5 to 0.7",
+    ]  # fmt: skip
+    where = f"zerg_5_vs_5 (sim 1), soft: {tmp_path / 'b'}"
+    assert printed.err == f"warning: {where} stops at 70,000 of 100,000 steps and counts as far as it goes.\n"
+    text = (tmp_path / "x.svg").read_text()  # the caption, in a comment of the file
+    assert "95 % bootstrap interval" in text
+    assert "Cross: a run stopped early" in text
+
+
+def curve(step, win_rate):
+    columns = {"step": np.array(step, float), "win_rate": np.array(win_rate, float)}
+    return plot.Run(plot.Path(), "", "", "", "", {}, 1, columns)
+
+
+def band(strata, **settings):
+    """Points, statistic, both ends of the interval, and where runs stop."""
+    return plot.band(strata, "step", "win_rate", plot.Args([], **{"smooth": 1} | settings))
+
+
+def test_a_curve_goes_as_far_as_the_longest_and_marks_where_seeds_stop():
+    runs = [curve([0, 10, 20, 30], [0, 1, 2, 3]), curve([0, 10], [4, 5]), curve([0, 10, 20, 30], [2, 3, 4, 7])]
+    points, middle, low, high, stops = band([runs])
+    np.testing.assert_allclose(points, [0, 10, 20, 30])
+    np.testing.assert_allclose(middle, [2, 3, 3, 5])
+    np.testing.assert_allclose(low, [0, 1, 2, 3])
+    np.testing.assert_allclose(high, [4, 5, 4, 7])
+    assert stops.tolist() == [False, True, False, False]
+
+
+def test_one_test_more_or_less_is_no_difference():
+    points, middle, _, _, stops = band([[curve([0, 10, 20], [0, 1, 9]), curve([0, 10], [4, 5])]])
+    assert points.tolist() == [0, 10]
+    assert middle.tolist() == [2, 3]
+    assert not stops.any()
+
+
+# --- Statistics ---
+
+
+@pytest.mark.parametrize(
+    ("win_rates", "mean", "low", "high"),
+    [
+        ([[0.2, 0.6]], [0.2, 0.6], [np.nan] * 2, [np.nan] * 2),
+        ([[0, 1], [1, 3]], [0.5, 2], [0, 1], [1, 3]),  # a quarter of all draws of two is twice the lower one
+        ([[0, 0], [1, 5], [2, 10]], [1, 5], [0, 0], [2, 10]),  # and one in 27 of three, more than 2.5 %
     ],
     ids=["1 seed", "2 seeds", "3 seeds"],
 )
-def test_band_is_mean_and_t_interval_over_seeds(win_rates, mean, half):
-    found = plot.band([curve([0, 10], values) for values in win_rates], "step", "win_rate", 1)
-    np.testing.assert_allclose(found, [[0, 10], mean, half], atol=1e-12)
+def test_band_is_mean_and_bootstrap_interval_over_seeds(win_rates, mean, low, high):
+    found = band([[curve([0, 10], values) for values in win_rates]])
+    np.testing.assert_allclose(found[:4], [[0, 10], mean, low, high], atol=1e-12)
 
 
-def test_band_smooths_and_interpolates_as_far_as_the_shortest_run_goes():
-    runs = [curve([0, 10, 20, 30], [0, 1, 2, 9]), curve([0, 5, 20], [2, 4, 0])]
-    points, mean, _ = plot.band(runs, "step", "win_rate", 2)  # smoothed: 0, .5, 1.5, 5.5 and 2, 3, 2
-    np.testing.assert_allclose(points, [0, 5, 10, 20])
-    np.testing.assert_allclose(mean, [(0 + 2) / 2, (0.25 + 3) / 2, (0.5 + 3 - 1 / 3) / 2, (1.5 + 2) / 2])
+@pytest.mark.parametrize("kind", ["mean", "iqm"])
+def test_intervals_are_those_of_all_draws_within_each_map(kind):
+    """Every way to draw three seeds of one map and four of another with replacement, 27 * 256 of them."""
+    one, other = [0.1, 0.2, 0.6], [0.5, 0.7, 0.8, 2.0]
+    values = []
+    for a in itertools.product(one, repeat=3):
+        for b in itertools.product(other, repeat=4):
+            both = sorted(a + b)
+            values.append(np.mean(both if kind == "mean" else both[1:-1]))  # a quarter of seven: one at either end
+    low, high = plot.interval([np.array(one), np.array(other)], plot.center, kind=kind)
+    np.testing.assert_allclose([low, high], np.percentile(values, [2.5, 97.5]), atol=0.03)
+    middle = plot.center(np.array(one), np.array(other), kind=kind)
+    assert middle == pytest.approx(4.9 / 7 if kind == "mean" else 2.8 / 5)
+
+
+def test_probability_of_improvement_is_counted_map_by_map():
+    """On the first map 5 of 6 pairs are won, on the second half of one."""
+    x1, x2, y1, y2 = (np.array(values, float) for values in ([3, 1], [2], [0, 2, 0], [2]))
+    assert plot.improvement(x1, x2, y1, y2) == pytest.approx((5 / 6 + 1 / 2) / 2)
+    assert np.isnan(plot.interval([x1, x2, y1, y2], plot.improvement)).all()  # a single seed
+    draws = [np.mean([(a > b) + (a == b) / 2 for a in x for b in y])
+             for x in itertools.product([3, 1], repeat=2) for y in itertools.product([0, 2, 0], repeat=3)]  # fmt: skip
+    np.testing.assert_allclose(plot.interval([x1, y1], plot.improvement), np.percentile(draws, [2.5, 97.5]), atol=0.01)
+
+
+def test_band_smooths_and_interpolates():
+    runs = [curve([0, 10, 20, 30], [0, 1, 2, 9]), curve([0, 5, 20, 30], [2, 4, 0, 0])]
+    points, mean, *_ = band([runs], smooth=2)  # smoothed: 0, .5, 1.5, 5.5 and 2, 3, 2, 0
+    np.testing.assert_allclose(points, [0, 5, 10, 20, 30])
+    np.testing.assert_allclose(mean, [(0 + 2) / 2, (0.25 + 3) / 2, (0.5 + 3 - 1 / 3) / 2, (1.5 + 2) / 2, 5.5 / 2])
+
+
+def write_maps(tmp_path):
+    """Two algorithms on two maps, two seeds each; qmix has a third map."""
+    for place, low in (("terran_5_vs_5", 0.2), ("zerg_5_vs_5", 0.6)):
+        for seed in (1, 2):
+            write_run(tmp_path / f"{place}{seed}s", "soft", seed, [0.0, low + seed / 10], place=place)
+            write_run(tmp_path / f"{place}{seed}q", "qmix", seed, [0.0, low + (seed - 1) / 10], place=place)
+
+
+def test_aggregate_adds_a_row_and_a_panel_over_all_maps(tmp_path, monkeypatch, capsys):
+    write_maps(tmp_path)
+    options = ("--out", tmp_path / "x.png", "--aggregate", "--final", 1, "--at", 10_000)
+    code, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
+    assert (code, printed.err) == (0, "")
+    rows = {tuple(row[:2]): row[3:] for row in cells(printed)}
+    assert len(rows) == 6
+    # Final .3, .4, .7, .8; of 16 draws one has both lower ones, and one both upper ones
+    assert rows["SMACv2 (sim 1), 2 maps", "soft"] == ["4 (few)", "10,000", "0.275", "0.55", "0.275", "0.5 to 0.6"]
+    assert rows["SMACv2 (sim 1), 2 maps", "qmix"][3] == "0.45"
+    axes = draw(monkeypatch, capsys, tmp_path, "--aggregate", "--smooth", 1)[-1]
+    assert axes.get_title() == "SMACv2 (sim 1), 2 maps"
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), [0, 0.55], atol=1e-12)
+    write_run(tmp_path / "third", "qmix", 1, [0.0], place="protoss_5_vs_5")
+    _, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
+    assert printed.err == (
+        "warning: SMACv2 (sim 1), 3 maps: soft has runs on 2 of them: do not compare its figures with others'.\n"
+    )
+
+
+def test_compare_says_how_likely_one_is_better(tmp_path, monkeypatch, capsys):
+    write_maps(tmp_path)
+    options = ("--out", tmp_path / "x.png", "--final", 1, "--compare", "soft", "qmix")
+    code, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
+    assert code == 0
+    # Of .3, .4 against .2, .3: three of four pairs, and one is equal
+    said = "soft ends better than qmix with probability 0.88 (95 %: 0.50 to 1.00), few seeds"
+    both = (
+        "soft ends better than qmix with probability 0.88 (95 %: 0.62 to 1.00), few seeds"  # .5 twice: one draw in 256
+    )
+    lines = [line for line in printed.out.splitlines() if "probability" in line]
+    assert lines == [
+        f"terran_5_vs_5 (sim 1): {said}", f"zerg_5_vs_5 (sim 1): {said}", f"SMACv2 (sim 1), 2 maps: {both}"
+    ]  # fmt: skip
+    code, printed = run_plot(monkeypatch, capsys, tmp_path, "--compare", "soft", "vdn")
+    assert (code, printed.err) == (
+        2,
+        "error: --compare names 'vdn', which is not in the table: choose of qmix, soft.\n",
+    )
+
+
+def test_compare_takes_both_at_the_same_step(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.4, 0.5, 0.9])
+    write_run(tmp_path / "b", "qmix", 1, [0.0, 0.5])
+    options = ("--out", tmp_path / "x.png", "--final", 1, "--compare", "soft", "qmix")
+    _, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
+    assert "soft ends better than qmix with probability 0.00 (no interval: a single seed), few seeds" in printed.out
+
+
+def test_json_is_what_marl_eval_reads(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.25], alpha=0.1)
+    write_run(tmp_path / "b", "soft", 1, [0.0, 0.5], alpha=0.1)  # the same seed again
+    write_run(tmp_path / "c", "soft", 1, [0.0, 0.75], alpha=0.2)
+    files = ("--out", tmp_path / "x.png", "--json", tmp_path / "x.json")
+    code, printed = run_plot(monkeypatch, capsys, tmp_path, *files, "--final", 1)
+    assert code == 0
+    assert printed.out.splitlines()[-1] == f"Runs: {tmp_path / 'x.json'}"
+    tree = json.loads((tmp_path / "x.json").read_text())
+    assert list(tree) == ["SMACv2 (sim 1)"]
+    (task,) = tree.values()
+    assert list(task) == ["zerg_5_vs_5"]
+    assert {name: list(runs) for name, runs in task["zerg_5_vs_5"].items()} == {
+        "soft alpha=0.1": ["seed_1", "seed_1-2"], "soft alpha=0.2": ["seed_1"]
+    }  # fmt: skip
+    assert task["zerg_5_vs_5"]["soft alpha=0.1"]["seed_1"] == {
+        "step_0": {"step_count": 0, "win_rate": [0.0], "return_mean": [0.0]},
+        "step_1": {"step_count": 10_000, "win_rate": [0.25], "return_mean": [2.5]},
+        "absolute_metrics": {"win_rate": [0.25], "return_mean": [2.5]},
+    }
+
+
+# --- Bad input ---
 
 
 def test_nothing_to_plot_is_said_in_one_sentence(tmp_path, monkeypatch, capsys):
@@ -134,7 +331,8 @@ def test_a_damaged_folder_is_skipped_with_its_reason(tmp_path, monkeypatch, caps
     "options",
     [
         ("--smooth", 0), ("--final", 0), ("--final", -5), ("--at", -5), ("--out", ""), ("--out", "x"),
-        ("--out", "/tmp"), ("--out", "x.docx"), ("missing",),
+        ("--out", "/tmp"), ("--out", "x.docx"), ("missing",), ("--columns", 0), ("--size", 0, 3), ("--size", 3, 1000),
+        ("--labels", "soft"), ("--labels", "sof=Soft"), ("--compare", "soft", "other"),
     ],
     ids=lambda options: " ".join(map(str, options)),
 )  # fmt: skip
@@ -167,28 +365,32 @@ def edges(axes, i=0) -> tuple[dict, dict]:
     return tuple({x: pick(y for there, y in points if there == x) for x in points[:, 0]} for pick in (min, max))
 
 
-def test_lines_and_bands_stand_where_steps_hours_and_seeds_put_them(tmp_path, monkeypatch, capsys):
+def legend(axes) -> list[str]:
+    return [text.get_text() for text in axes.figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("x", ["steps", "hours"])
+@pytest.mark.parametrize(
+    ("measure", "y", "scale"), [("win_rate", "test win rate", 1), ("return_mean", "test return", 10)]
+)
+def test_lines_and_bands_stand_where_steps_hours_and_seeds_put_them(
+    tmp_path, monkeypatch, capsys, x, measure, y, scale
+):
     write_run(tmp_path / "a", "soft", 1, [0.0, 0.4, 0.5])
-    write_run(tmp_path / "b", "soft", 2, [0.0, 0.6, 0.5, 0.9])
+    write_run(tmp_path / "b", "soft", 2, [0.0, 0.6, 0.5])
     write_run(tmp_path / "c", "qmix", 1, [0.25, 0.25])
-    panels = draw(monkeypatch, capsys, tmp_path, "--smooth", 1)
-    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in panels]
-    measures = [(y, scale) for y, scale in (("test win rate", 1), ("test return", 10))]
-    assert labels == [(x, y) for y, _ in measures for x in ("million steps", "hours")]
-    for axes, (x, y) in zip(panels, labels, strict=True):
-        scale, unit = dict(measures)[y], {"million steps": 10_000 / 1e6, "hours": 60 / 3600}[x]
-        qmix, soft = axes.lines
-        np.testing.assert_allclose(qmix.get_xydata(), [(0, scale * 0.25), (unit, scale * 0.25)])
-        means = [0.0, 0.5, 0.5]  # as far as the shorter of the two runs goes
-        np.testing.assert_allclose(soft.get_xydata(), [(i * unit, scale * m) for i, m in enumerate(means)], atol=1e-12)
-        assert [line.get_label() for line in axes.lines] == ["qmix (1)", "soft (2)"]
-        for edge, sign in zip(edges(axes, 1), (-1, 1), strict=True):
-            halves = [0, 12.71 * 0.1, 0]  # t(1) s / sqrt 2, s = |a - b| / sqrt 2
-            expected = [scale * (m + sign * h) for m, h in zip(means, halves, strict=True)]
-            np.testing.assert_allclose([edge[i * unit] for i in range(3)], expected, atol=1e-12)
-        assert len({line.get_color() for line in axes.lines}) == 2
-        if scale == 1:
-            assert axes.get_ylim() == (0, 1)
+    (axes,) = draw(monkeypatch, capsys, tmp_path, "--smooth", 1, "--x", x, "--measure", measure)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ({"steps": "million steps"}.get(x, x), y)
+    unit = {"steps": 10_000 / 1e6, "hours": 60 / 3600}[x]
+    qmix, soft = axes.lines
+    np.testing.assert_allclose(qmix.get_xydata(), [(0, scale * 0.25), (unit, scale * 0.25)])
+    means = [0.0, 0.5, 0.5]
+    np.testing.assert_allclose(soft.get_xydata(), [(i * unit, scale * m) for i, m in enumerate(means)], atol=1e-12)
+    assert legend(axes) == ["qmix (1 seed, few)", "soft (2 seeds, few)"]
+    for edge, sign in zip(edges(axes, 1), (-1, 1), strict=True):
+        expected = [scale * (m + sign * h) for m, h in zip(means, [0, 0.1, 0], strict=True)]  # from seed to seed
+        np.testing.assert_allclose([edge[i * unit] for i in range(3)], expected, atol=1e-12)
+    assert len({line.get_color() for line in axes.lines}) == 2
 
 
 def test_lines_are_smoothed_by_what_came_before(tmp_path, monkeypatch, capsys):
@@ -197,12 +399,58 @@ def test_lines_are_smoothed_by_what_came_before(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.0, 0.1, 0.45, 0.8])
 
 
-def test_every_place_has_a_row_of_its_own(tmp_path, monkeypatch, capsys):
+def test_every_place_has_one_panel(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", "soft", 1, [0.0, 0.2])
     write_run(tmp_path / "b", "soft", 1, [0.0, 0.4], backend="starcraft2")
-    panels = draw(monkeypatch, capsys, tmp_path, "--smooth", 1)
-    shown = [(axes.get_title(), axes.lines[0].get_ydata()[-1]) for axes in panels if axes.get_ylabel() != "test return"]
-    assert shown == [("zerg_5_vs_5 (sim 1)", 0.2)] * 2 + [("zerg_5_vs_5 (starcraft2 1)", 0.4)] * 2
+    panels = draw(monkeypatch, capsys, tmp_path, "--smooth", 1, "--title", "All of $it")
+    shown = [(axes.get_title(), axes.lines[0].get_ydata()[-1]) for axes in panels]
+    assert shown == [("zerg_5_vs_5 (sim 1)", 0.2), ("zerg_5_vs_5 (starcraft2 1)", 0.4)]
+    assert panels[0].figure.get_suptitle() == "All of $it"
+    assert [axes.get_ylim() for axes in panels] == [(0, pytest.approx(0.44))] * 2  # win rates have one scale
+
+
+def test_limits_follow_the_curves_and_not_a_bands_outlier(tmp_path, monkeypatch, capsys):
+    for seed in range(1, 10):
+        write_run(tmp_path / f"{seed}", "soft", seed, [-30.0, -20.0, -10.0 if seed < 9 else -1000.0, -10.0])
+    (axes,) = draw(monkeypatch, capsys, tmp_path, "--smooth", 1, "--measure", "return_mean", "--statistic", "iqm")
+    assert axes.get_ylim() == (pytest.approx(-316), pytest.approx(-84))
+    assert min(edges(axes)[0].values()) < -1000
+
+
+def test_labels_may_hold_anything_and_can_be_renamed(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "_hidden", 1, [0.0, 0.2])
+    write_run(tmp_path / "b", "$x", 1, [0.0, 0.4])
+    write_run(tmp_path / "c", "soft", 1, [0.0, 0.4], alpha=0.1)
+    write_run(tmp_path / "d", "soft", 1, [0.0, 0.4], alpha=0.2)
+    run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.pdf")  # drawn, too: $ is no mathematics
+    assert (tmp_path / "x.pdf").stat().st_size > 1000
+    axes = draw(monkeypatch, capsys, tmp_path, "--labels", "soft alpha=0.1=Soft, α = .1", "$x=_Q$")[0]
+    names = ("_Q$", "_hidden", "Soft, α = .1", "soft alpha=0.2")
+    assert legend(axes) == [f"{name} (1 seed, few)" for name in names]
+
+
+def test_more_than_ten_groups_can_be_told_apart(tmp_path, monkeypatch, capsys):
+    for i in range(25):
+        write_run(tmp_path / f"{i}", f"soft{i:02}", 1, [0.0, 0.2])
+    (axes,) = draw(monkeypatch, capsys, tmp_path)
+    styles = {(line.get_color(), str(line.get_linestyle()), str(line._dash_pattern)) for line in axes.lines}
+    assert len(styles) == 25
+    handles = axes.figure.legends[0].legend_handles
+    assert len({(handle.get_color(), str(handle._dash_pattern)) for handle in handles}) == 25
+
+
+def test_five_seeds_are_not_few(tmp_path, monkeypatch, capsys):
+    for seed in range(5):
+        write_run(tmp_path / f"{seed}", "soft", seed, [0.0, 0.2])
+    assert legend(draw(monkeypatch, capsys, tmp_path)[0]) == ["soft (5 seeds)"]
+
+
+def test_pictures_have_the_size_and_resolution_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.2])
+    run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png", "--size", 3, 2)
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.size == (600, 400)
+    assert picture.info["dpi"] == pytest.approx((200, 200), rel=0.01)
 
 
 def test_values_on_the_way_end_at_their_step(tmp_path, monkeypatch, capsys):

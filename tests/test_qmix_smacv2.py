@@ -1,18 +1,12 @@
-"""qmix_smacv2.py where it differs from its twin: exploration, resume, and that it learns."""
+"""qmix_smacv2.py where it differs from its twin: exploration, and that it learns."""
 
 import math
 
 import pytest
-from common import PLAIN, over, read_metrics, train
+from common import PLAIN, over, small_args, train
 from test_softqmix_smacv2 import random_play
 
 import qmix_smacv2 as qm
-
-
-def small_args(run_dir, **changes) -> qm.Args:
-    settings = dict(map="terran_3_vs_2", total_timesteps=1200, batch_size=8, buffer_size=24, eval_interval=400)
-    settings |= dict(eval_episodes=4, checkpoint_interval=10**6, target_update_interval=8, run_dir=str(run_dir))
-    return qm.Args(**(settings | changes))
 
 
 @over(PLAIN)
@@ -21,26 +15,17 @@ def test_epsilon_falls_linearly(script, step, epsilon):
     assert script.epsilon_at(step, script.Args(epsilon_anneal_time=100_000)) == pytest.approx(epsilon)
 
 
-@pytest.mark.parametrize("mixer", ["qmix", "vdn"])
-def test_resume_equals_the_uninterrupted_run(mixer, tmp_path):
-    args = dict(mixer=mixer, epsilon_anneal_time=1000)
-    train(qm, small_args(tmp_path / "whole", **args))
-    train(qm, small_args(tmp_path / "parts", total_timesteps=800, **args))
-    train(qm, small_args(tmp_path / "parts", resume=str(tmp_path / "parts"), **args))
-    assert read_metrics(tmp_path / "parts") == read_metrics(tmp_path / "whole")
-
-
 @pytest.mark.parametrize(
     ("field", "value"), [("epsilon_start", 1.5), ("epsilon_anneal_time", 0), ("map", "elf_1_vs_1")]
 )
 def test_bad_options_are_refused(field, value):
     with pytest.raises(qm.InputError, match=field.replace("_", "-")):
-        qm.check_args(qm.Args(**{field: value}))
+        qm.prepare(qm.Args(backend="sim", **{field: value}))
 
 
 def test_it_learns(tmp_path):
     settings = dict(total_timesteps=12_000, eval_interval=12_000, eval_episodes=128, batch_size=32, buffer_size=1000)
-    args = small_args(tmp_path, target_update_interval=40, epsilon_anneal_time=4000, **settings)
+    args = small_args(qm, tmp_path, target_update_interval=40, epsilon_anneal_time=4000, **settings)
     result = train(qm, args)["eval"]
     mean, deviation = random_play("terran_3_vs_2", 512)
     assert result["return_mean"] > mean + 4 * math.sqrt(result["return_std"] ** 2 / 128 + deviation**2 / 512)

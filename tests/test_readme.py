@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -13,6 +14,8 @@ import pytest
 import tyro
 
 import softqmix_smacv2
+from envs.smacv2_sim import SMACv2Sim
+from envs.starcraft2 import StarCraft2
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
@@ -20,12 +23,12 @@ DOCUMENTS = {
     for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md")))
 }
 PROGRAMS = {str(path.relative_to(ROOT).with_suffix("")) for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"))}
-PYTHON = r"(?:\w+=\S+ )*(?:\S+/)?python "  # with variables, or of a virtual environment
+PYTHON = r"(?:\w+=\S+ )*(?:(?:\S+/)?python|uv run) "  # with variables, or of a virtual environment
 
 
 def commands(text: str) -> list[tuple[str, str]]:
     """Program and options of each call, on an indented line or, with options, inline."""
-    text = re.sub(r"\\\n *", "", text)
+    text = re.sub(r"\\\n *", "", text).replace(" && ", "\n    ")
     lines = re.findall(rf"^ {{4,}}{PYTHON}([\w/]+)\.py\b(.*?)(?:  +#.*)?$", text, re.MULTILINE)
     return lines + re.findall(rf"`(?:{PYTHON})?([\w/]+)\.py (-[^`]*)`", text)
 
@@ -50,7 +53,9 @@ def test_the_policy_example_plays_a_battle(tmp_path, monkeypatch, capsys):
 def test_the_environment_example_learns_as_fast_as_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(softqmix_smacv2, "make_env", softqmix_smacv2.make_env)  # the example replaces it
-    exec(python_example("docs/your_environment.md").replace("10_000", "4_000"), {})
+    example = python_example("docs/your_environment.md")
+    assert "total_timesteps=10_000" in example
+    exec(example.replace("total_timesteps=10_000", "total_timesteps=4_000"), {})
     summary = json.loads(next(tmp_path.glob("runs/*/summary.json")).read_text())
     assert summary["env_steps"] == 4000
     assert summary["eval"]["win_rate"] == 1
@@ -82,13 +87,29 @@ def test_options_named_in_the_text_exist(document):
     modules = [importlib.import_module(program.replace("/", ".")) for program in PROGRAMS]
     fields = [field for module in modules if hasattr(module, "Args") for field in dataclasses.fields(module.Args)]
     known = {field.name for field in fields} | {f"no_{field.name}" for field in fields if field.type is bool}
-    known |= {"help", "logdir", "maps", "battles", "seconds"}  # TensorBoard's, and of programs without Args
+    known |= {"help", "logdir", "maps", "battles", "seconds", "watch"}  # TensorBoard's, and of programs without Args
     named = re.findall(r"(?<![\w-])--([a-z][a-z-]*)", DOCUMENTS[document])
     assert {name.replace("-", "_") for name in named} - known == set()
 
 
+def test_options_of_the_games_named_in_the_text_exist():
+    known = {name for game in (SMACv2Sim, StarCraft2) for name in inspect.signature(game.__init__).parameters}
+    for text in DOCUMENTS.values():
+        for words in re.findall(r"--env-options((?: +\w+ [\w.]+)+)", text):
+            assert set(words.split()[::2]) <= known
+
+
 def test_nothing_is_left_to_fill_in():
-    assert not [name for name, text in DOCUMENTS.items() if "@@" in text]
+    assert not [name for name, text in DOCUMENTS.items() if re.search(r"@@|\bRATIO\b", text)]
+
+
+def test_the_first_screen_holds_two_lines_that_do_everything_and_ci_runs_the_second():
+    lines = [line.strip() for line in DOCUMENTS["README.md"].splitlines()[:20] if line.startswith("    ")]
+    work, tests = (line.rsplit(" && ", 1) for line in lines)
+    assert work[0] == tests[0] == "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    assert commands(f"    {work[1]}") == [("softqmix_smacv2", " --map protoss_5_vs_5 --alpha 0.03")]
+    assert tests[1] == ".venv/bin/python -m pytest"
+    assert (ROOT / ".ci" / "run").read_text().splitlines().count(lines[1]) == 1
 
 
 def anchors(text: str) -> set[str]:
@@ -106,4 +127,4 @@ def test_links_and_files_exist(document):
             assert anchor in anchors((folder / file).read_text() if file else text), f"{file}#{anchor}"
     names = set(re.findall(r"`((?:tests/|docs/|benchmarks/|results/|envs/)?\w+\.(?:py|md|txt))`", text))
     for name in names - {"agree.py"}:  # the reader's own
-        assert any((place / name).exists() for place in (ROOT, folder, ROOT / "tests")), name
+        assert any((place / name).exists() for place in (ROOT, folder, ROOT / "tests", ROOT / "envs")), name

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 
@@ -490,15 +492,15 @@ def test_training_goes_on_and_stores_only_whole_battles(games, monkeypatch, tmp_
     stored, stop = [], threading.Event()
     monkeypatch.setenv("FAKE_SC2_FAULT", "" if fault in ("none", "kill") else fault)
     monkeypatch.setenv("FAKE_SC2_FAULT_FILE", str(tmp_path / "fault"))
-    real_add = script.Replay.add
 
-    def add(replay, episode):
-        stored.append({name: array.copy() for name, array in episode.items()})
-        if fault == "kill" and len(stored) == 3:
-            os.kill(games.running()[0], signal.SIGKILL)
-        real_add(replay, episode)
+    class Replay(deque):
+        def append(self, rows):
+            stored.append(common.from_rows({name: column.clone() for name, column in rows.items()}))
+            if fault == "kill" and len(stored) == 3:
+                os.kill(games.running()[0], signal.SIGKILL)
+            super().append(rows)
 
-    monkeypatch.setattr(script.Replay, "add", add)
+    monkeypatch.setattr(script, "deque", Replay)
     monkeypatch.setattr(
         starcraft2.StarCraft2, "__init__", functools.partialmethod(starcraft2.StarCraft2.__init__, timeout=20.0)
     )
@@ -520,7 +522,7 @@ def test_training_goes_on_and_stores_only_whole_battles(games, monkeypatch, tmp_
     started = 4 + (fault != "none")
     assert len(games.started()) == started
     assert wait_until(lambda: not games.running())
-    resumed = script.train(script.Args(**(vars(args) | {"resume": str(tmp_path / "run"), "total_timesteps": 700})))
+    resumed = script.train(common.resumed_args(script, tmp_path / "run", total_timesteps=700))
     assert resumed["env_steps"] == 700
     assert len(games.started()) == started + 4
 

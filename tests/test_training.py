@@ -1,16 +1,18 @@
 """train() of all four scripts, event by event, in an environment whose episodes are known in advance."""
 
 import copy
+import dataclasses
 import json
+import re
 import time
+from collections import deque
 from typing import NamedTuple
 
 import common
-import fake_cuda
 import numpy as np
 import pytest
 import torch
-from common import MPE, SMACV2, SOFT, acting_on, checkpoint_of, evaluated_agent, over, read_metrics
+from common import MPE, SMACV2, SOFT, acting_on, checkpoint_of, config_of, evaluated_agent, over, read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 E, LENGTHS = 3, np.array([2, 3, 4])  # environment e plays episodes of LENGTHS[e] steps
@@ -26,6 +28,8 @@ class Clockwork:
     """
 
     num_envs, num_agents, num_actions, obs_size, state_size, episode_limit = E, 2, 3, 1, 1, 4
+    name = backend = title = "clockwork"
+    about, restarts = {"backend": "clockwork"}, 0
 
     def look(self, begun):
         now = (self.clock + begun / 2).astype(np.float32)  # (E,)
@@ -46,7 +50,7 @@ class Clockwork:
         final_obs, final_info = self.look(np.zeros(E))
         obs, info = self.look(ends)
         info |= {"final_obs": final_obs, "final_info": final_info | {"battle_won": ends}}
-        return obs, action.sum(1), ends & ~is_last, ends & is_last, info
+        return obs, action.sum(1).astype(np.float32), ends & ~is_last, ends & is_last, info
 
     def get_state(self):
         return {"clock": self.clock}
@@ -82,11 +86,9 @@ class Clock:
     def __init__(self):
         self.now = 1e9
 
-    def time(self):
+    def monotonic(self):
         self.now += 1e-4
         return self.now
-
-    perf_counter = monotonic = time
 
 
 def results_of(agent, *_) -> dict:
@@ -96,9 +98,11 @@ def results_of(agent, *_) -> dict:
 
 
 def train(script, args, listen=lambda name, function: function, env=Clockwork, clock=None) -> dict:
-    """In the clockwork, without tests: MPE's know Spread's episodes only."""
+    """In the clockwork, with tests that play nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "make_env", lambda *_: env())
+        if script in MPE:
+            patch.setattr(script, "SpreadMPE2", lambda *_: None)  # for the test of a finished run in mpe2
         patch.setattr(script, "evaluate", listen("evaluate", results_of))
         if clock:
             patch.setattr(script, "time", clock)
@@ -113,24 +117,34 @@ def record(script, run_dir, env=Clockwork, clock=None, **changes) -> list[Event]
         def wrapper(*arguments):
             step = E * sum(event.name == "act" for event in events)
             result = function(*arguments)
+            seen = copy.deepcopy(result)  # the loop writes into what act returned
             if name == "evaluate":
-                result |= {"agent": evaluated_agent(arguments).state_dict()}
-            events.append(Event(name, step, arguments, copy.deepcopy(result)))  # the loop writes into what act returned
+                seen |= {"agent": copy.deepcopy(evaluated_agent(arguments).state_dict())}
+            if arguments[1:2] != (None,):  # but for the test in mpe2
+                events.append(Event(name, step, arguments, seen))
             return result
 
         return wrapper
 
+    class Replay(deque):
+        def append(self, episode):
+            listen("add", super().append)(episode)
+
+    write = script.write
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("act", "update", "move_target", "save_checkpoint"):
+        for name in ("act", "update", "move_target"):
             patch.setattr(script, name, listen(name, getattr(script, name)))
-        patch.setattr(script.Replay, "add", listen("add", script.Replay.add))
-        train(script, make_args(script, run_dir=str(run_dir), **changes), listen, env, clock)
+        save = listen("save_checkpoint", write)
+        patch.setattr(script, "write", lambda path, x: (save if path.name == "checkpoint.pt" else write)(path, x))
+        patch.setattr(script, "deque", Replay)
+        folder = {} if "resume" in changes else {"run_dir": str(run_dir)}
+        train(script, make_args(script, **folder, **changes), listen, env, clock)
     return events
 
 
 def stored_episodes(events) -> list[dict]:
-    """The replay has room for all of them, in the order in which they ended."""
-    return common.stored_episodes(next(event for event in events if event.name == "add").arguments[0])
+    """In the order in which they ended."""
+    return [common.from_rows(event.arguments[0]) for event in events if event.name == "add"]
 
 
 @pytest.fixture(scope="module", params=SMACV2 + MPE, ids=lambda script: script.__name__)
@@ -194,7 +208,7 @@ def test_stored_episodes_are_those_that_were_played(run):
 
 def test_tests_and_checkpoints_come_at_the_first_step_after_their_interval(run):
     steps = {name: [event.step for event in run[2] if event.name == name] for name in ("evaluate", "save_checkpoint")}
-    assert steps == {"evaluate": [0, 102, 201, 300, 360], "save_checkpoint": [150, 300, 360]}
+    assert steps == {"evaluate": [0, 102, 201, 300, 360], "save_checkpoint": [0, 150, 300, 360]}
 
 
 def test_tensorboard_gets_returns_exploration_and_losses(run):
@@ -221,7 +235,6 @@ def test_the_online_network_is_tested_and_written(run):
     for name, value in saved.agent.items():
         assert torch.equal(tested[name], value)
         assert torch.equal(saved.policy["agent"][name], value)
-        assert torch.equal(saved.newest_policy["agent"][name], value)
         assert not torch.equal(saved.target_agent[name], value)
     sizes = {name: saved.policy[name] for name in ("obs_size", "num_agents", "num_actions")}
     assert sizes == {"obs_size": 1, "num_agents": 2, "num_actions": 3}
@@ -231,7 +244,7 @@ def test_checkpoints_hold_what_was_played_and_learnt(run):
     """Adam's moments of theta and phi after as many steps as there were updates, every episode, and the counts."""
     script, run_dir, events = run
     saved, updates = checkpoint_of(run_dir), sum(event.name == "update" for event in events)
-    assert (saved.saved["step"], saved.saved["episodes"], saved.saved["updates"]) == (360, EPISODES, updates)
+    assert saved.counts == (360, EPISODES, updates)
     assert len(saved.optimizer["param_groups"]) == 1 + (script in SOFT)
     for group in saved.optimizer["param_groups"]:
         assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-3, (0.9, 0.999), 0)
@@ -239,7 +252,10 @@ def test_checkpoints_hold_what_was_played_and_learnt(run):
         assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert state["step"] == updates
     assert len(saved.optimizer["state"]) == sum("target." not in name for name in saved.networks)
-    assert saved.replay["lengths"] == [len(episode["reward"]) for episode in stored_episodes(events)]
+    episodes = stored_episodes(events)
+    assert saved.lengths == [len(episode["reward"]) for episode in episodes]
+    for name in ("obs", "state", "mask"):
+        assert np.array_equal(saved.replay[name], np.concatenate([episode[name] for episode in episodes]))
 
 
 def test_metrics_have_a_row_for_every_test(run):
@@ -294,33 +310,46 @@ def test_a_resumed_run_goes_on_where_it_stopped_in_every_column_and_its_hours(sc
     ours, theirs = (checkpoint_of(tmp_path / name) for name in ("parts", "whole"))
     torch.testing.assert_close(ours.networks, theirs.networks, rtol=0, atol=0)
     torch.testing.assert_close(ours.optimizer["state"], theirs.optimizer["state"], rtol=0, atol=0)
-    for name, value in theirs.replay.items():
-        assert torch.equal(torch.as_tensor(ours.replay[name]), torch.as_tensor(value)) if name != "kind" else True
+    assert ours.lengths == theirs.lengths
+    assert len(ours.lengths) == 20
+    torch.testing.assert_close(ours.replay, theirs.replay, rtol=0, atol=0)
 
 
-FIXED = {
-    "num_envs": 2,
-    "seed": 2,
-    "mixer": "vdn",
-    "use_g": False,
-    "use_f": False,
-    "map": "zerg_5_vs_5",
-    "level": "simple",
-}
+MAY_CHANGE = {
+    "total_timesteps", "eval_interval", "checkpoint_interval", "cuda", "run_dir", "resume", "evaluate", "check_env",
+    "capture_video", "track", "wandb_project_name", "wandb_entity",
+}  # fmt: skip
+OTHER = {"map": "zerg_5_vs_5", "backend": "batched", "level": "simple", "mixer": "vdn", "exp_name": "other"}
+OTHER |= {"env_options": {"enemy_wipe": True}, "seed": 2, "tau": 0.5, "td_lambda": 0.1}
 
 
 @over(SMACV2 + MPE)
-def test_a_resumed_run_takes_a_new_rate_but_no_other_networks_or_game(script, tmp_path):
-    """Nor a replay that the run did not keep."""
-    settings = dict(run_dir=str(tmp_path), checkpoint_replay=False)
-    train(script, make_args(script, total_timesteps=60, **settings))
-    assert checkpoint_of(tmp_path).replay is None
-    for name in FIXED.keys() & vars(script.Args()).keys():
-        changed = {"resume": str(tmp_path), name: FIXED[name]}
-        with pytest.raises(script.InputError, match=name.replace("_", "-")):
-            train(script, make_args(script, **settings, **changed))
-    train(script, make_args(script, resume=str(tmp_path), learning_rate=1e-5, **settings, total_timesteps=90))
-    assert {group["lr"] for group in checkpoint_of(tmp_path).optimizer["param_groups"]} == {1e-5}
+def test_a_resumed_run_takes_no_other_option_of_the_algorithm_or_game(script, tmp_path):
+    """The refusal names it, also where the run has made its steps."""
+    first = make_args(script, total_timesteps=60, run_dir=str(tmp_path))
+    train(script, first)
+    own = dataclasses.asdict(first) | {"run_dir": None, "resume": str(tmp_path)}
+    for name, value in own.items():
+        if name not in MAY_CHANGE:
+            other = (
+                OTHER[name] if name in OTHER else type(value)(not value) if value in (0, 1) else value // 2 or value / 2
+            )
+            assert other != value
+            with pytest.raises(script.InputError, match=re.escape(f"{name} is {other}, but was {value} in")):
+                train(script, script.Args(**own | {name: other}))
+
+
+@over(SMACV2 + MPE)
+def test_what_changes_in_a_resumed_run_is_recorded_beside_its_first_options(script, tmp_path):
+    train(script, make_args(script, total_timesteps=60, run_dir=str(tmp_path)))
+    first = (tmp_path / "config.json").read_bytes()
+    train(script, make_args(script, total_timesteps=90, eval_interval=30, resume=str(tmp_path)))
+    assert (tmp_path / "config.json").read_bytes() == first
+    options, new = (config_of(tmp_path, name)["args"] for name in ("config", "resumed_60"))
+    assert {name for name in options if options[name] != new[name]} == {
+        "total_timesteps", "eval_interval", "resume", "run_dir",
+    }  # fmt: skip
+    assert {config_of(tmp_path, name)["algorithm"] for name in ("config", "resumed_60")} == {script.__name__}
 
 
 @over(SMACV2 + MPE)
@@ -352,48 +381,14 @@ def test_seeds_of_test_episodes(script, tmp_path):
     assert min(seeds[1]) >= (2**31 if script in MPE else 0)
 
 
-@pytest.mark.parametrize("device", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 @over(SMACV2 + MPE)
-def test_training_by_cuda_graphs_is_training(script, device, tmp_path, monkeypatch):
-    """As if the same padded batches were learnt as usual; and a run can be resumed with the option, or without it."""
-    if device == "emulated":
-        monkeypatch.setattr(script, "check_args", lambda _: None)  # it would find no GPU
-        fake_cuda.install(monkeypatch)
-    networks, record = [], script.CUDAGraphs
-    for name in ("recorded", "as usual"):
-        monkeypatch.setattr(script, "CUDAGraphs", record if name == "recorded" else lambda function: function)
-        run_dir, begun = str(tmp_path / name), {}
-        for cudagraphs, iterations in ((False, 40), (True, 110), (False, ITERATIONS)):
-            options = dict(run_dir=run_dir, cudagraphs=cudagraphs, total_timesteps=E * iterations)
-            train(script, make_args(script, **options, **begun))
-            begun = {"resume": run_dir}
-        checkpoint = tmp_path / name / "checkpoints" / str(E * ITERATIONS)
-        networks.append(torch.load(checkpoint / "training.pt", map_location="cpu")["networks"])
-        policy = torch.load(checkpoint / "policy.pt", weights_only=True)
-        assert {value.device.type for value in policy["agent"].values()} == {"cpu"}
-    torch.testing.assert_close(*networks, rtol=0, atol=1e-6 if device == "emulated" else 1e-3)
-    if device == "emulated":
-        assert fake_cuda.FakeCUDAGraph.replays > 70
-
-
-@pytest.mark.parametrize("pad", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("replay_device", ["cpu", "meta"])
-@over(SMACV2)
-def test_nothing_is_computed_on_another_device(script, replay_device, pad):
+def test_nothing_is_computed_on_another_device(script):
     """Updates and acting on the meta device, which as a GPU does refuses to compute with a CPU's tensors."""
-    device, args, env = torch.device("meta"), script.Args(tau=0.5), Clockwork()
-    script.check_args(args)
-    networks = script.Networks(env, args).to(device)
+    device, args = torch.device("meta"), common.make_args(script, tau=0.5)
+    networks = script.Networks(Clockwork(), args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups())
-    replay = script.Replay(E, torch.device(replay_device))
-    for length in LENGTHS:
-        rows = dict.fromkeys(replay.VIEW, length + 1) | dict.fromkeys(replay.FIELDS[len(replay.VIEW) :], length)
-        shapes = {"obs": (2, 1), "state": (1,), "mask": (2, 3), "action": (2,), "reward": (), "terminated": ()}
-        kinds = {"mask": bool, "terminated": bool, "action": np.int64}
-        replay.add({name: np.ones((n, *shapes[name]), kinds.get(name, np.float32)) for name, n in rows.items()})
-    batch = replay.sample(E, device, pad)
+    batch, _ = common.make_batch(script, common.random_episodes(LENGTHS, game=Clockwork), device=device)
     logs = script.update(networks, optimizer, batch, args)
-    view = {name: getattr(batch, name)[:E] for name in replay.VIEW}
-    exploration = torch.ones((), device=device) if script not in SOFT else args.alpha
-    action, hidden = script.act(networks, view, batch.action[:E], torch.zeros(E, 2, 64, device=device), exploration)
+    row = {name: getattr(batch, name)[:E] for name in ("obs", "state", "mask", "last_action")}
+    action, hidden = script.act(networks, row, torch.zeros(E, 2, 64, device=device), 0.5)
     assert {x.device for x in (action, hidden, *logs.values())} == {device}
