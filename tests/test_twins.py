@@ -104,6 +104,20 @@ def test_the_pairs_share_their_algorithms(smacv2, mpe, names):
     assert {name for name in names if ours[name] != theirs[name]} == set()
 
 
+def test_mappo_shares_what_means_the_same():
+    ours, theirs = definitions("qmix_smacv2.py"), definitions("mappo_smacv2.py")
+    assert {name for name in ours.keys() & theirs.keys() if ours[name] == theirs[name]} == {
+        "InputError",
+        "Unbroken",
+        "evaluate",
+        "evaluate_policy",
+        "greedy_action",
+        "load",
+        "make_env",
+        "write",
+    }
+
+
 @pytest.mark.parametrize(("plain", "soft"), PAIRS)
 def test_what_stands_between_definitions_is_the_same(plain, soft):
     """Imports and constants, but for what Soft-QMIX's default of alpha and QMIX's epsilon need."""
