@@ -48,7 +48,7 @@ class Args:
     seconds: float = 60.0  # measured, after the warm-up
     warm_up: float = 20.0  # seconds before
     full_replay: bool = False  # let the warm-up last until the replay is full, if that comes later
-    threads: int = 2  # of PyTorch and of the simulator on the CPU; the scripts take two
+    threads: int = 2  # of PyTorch and of the simulator on the CPU; the scripts take one
     cuda: bool = True  # use the GPU if there is one
     json: str | None = None  # also write the figures to this file
 

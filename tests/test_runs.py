@@ -482,7 +482,7 @@ def test_the_users_settings_of_openmp_win(script, tmp_path):
     unset["PYTHONPATH"] = str(tmp_path)
     own = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
     outputs = [start(script, env=variables).communicate()[0] for variables in (unset, unset | own)]
-    assert outputs == ["2 PASSIVE\n", "7 ACTIVE\n"]
+    assert outputs == ["1 PASSIVE\n", "7 ACTIVE\n"]
 
 
 def test_a_name_in_another_alphabet_than_the_locales_does_no_harm(tmp_path):
