@@ -38,8 +38,8 @@ plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.spines.top": Fal
 
 # Options that do not make another experiment; runs that differ in any other are never averaged.
 NEUTRAL = {
-    "exp_name", "map", "level", "backend", "seed", "run_dir", "resume", "evaluate", "cuda", "torch_deterministic",
-    "total_timesteps", "buffer_device", "checkpoint_interval", "checkpoint_replay", "save_replay", "check_env",
+    "exp_name", "map", "level", "env", "backend", "seed", "run_dir", "resume", "evaluate", "cuda", "total_timesteps",
+    "torch_deterministic", "buffer_device", "checkpoint_interval", "checkpoint_replay", "save_replay", "check_env",
     "capture_video", "compile", "cudagraphs", "track", "wandb_project_name", "wandb_entity",
 }  # fmt: skip
 # What runs from before config.json named the algorithm did, where they do not say so: these options came late.
@@ -116,7 +116,7 @@ class Run:
 
     folder: Path
     game: str  # with backend and version
-    task: str  # map or level
+    task: str  # map, level or environment
     place: str  # both
     name: str  # algorithm, and exp_name if it is another
     options: dict[str, str]
@@ -138,7 +138,11 @@ def read_run(folder: Path) -> Run:
         older = "algorithm" not in config
         args = LATER | args if older and "map" in args else args
         version = f" {config['simulator_version']}" if config.get("simulator_version") else ""
-        game, task = ("SMACv2", args["map"]) if "map" in args else ("Spread", f"spread {args['level']}")
+        if args.get("env"):
+            game, task = "PettingZoo", args["env"]
+        else:
+            game, task = ("SMACv2", args["map"]) if "map" in args else ("Spread", f"spread {args['level']}")
+        args = {"env_options": {}} | args
         options = {name: str(value) for name, value in args.items() if name not in NEUTRAL}
         exp_name, seed = str(args["exp_name"]), int(args["seed"])
         algorithm = str(config.get("algorithm", exp_name))

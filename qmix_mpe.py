@@ -42,7 +42,7 @@ import shlex
 import threading
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Literal
 
@@ -52,11 +52,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs.spread import Spread, SpreadMPE2, save_video
+from envs.pettingzoo_batch import PettingZooBatch
+from envs.spread import Spread, SpreadMPE2
 
 ALGORITHM = Path(__file__).stem  # this file's name, by which its runs, checkpoints and policies are known
 
@@ -66,15 +66,17 @@ class Args:
     exp_name: str = ALGORITHM  # name of this experiment, part of the run's name
     level: Literal["simple", "medium", "hard"] = "hard"  # how far all is apart: as in MPE, times 1.5, times 2 (app. I)
     backend: Literal["batched", "mpe2"] = "batched"  # all environments at once, or mpe2's own, equal to float precision
+    env: str | None = None  # instead of Spread: a cooperative PettingZoo environment, a module or module:function
+    env_options: dict[str, bool | float | str] = field(default_factory=dict)  # for it, such as team_reward mean
     seed: int = 1  # fixes networks, start states, exploration and replay
     cuda: bool = True  # use the GPU if there is one
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
-    run_dir: str | None = None  # folder of this run; default runs/spread_{level}__{exp_name}__{backend}__{seed}__{time}
+    run_dir: str | None = None  # folder of this run; default runs/{env}__{exp_name}__{backend}__{seed}__{time}
     resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
-    capture_video: bool = False  # draw test episodes of the final policy, as a GIF
+    capture_video: bool = False  # film three episodes of the last test, in Spread
     total_timesteps: int = 10_000_000  # environment steps of all environments together (section 5.2)
     num_envs: int = 4  # episodes stepped as one batch (Table 8)
     episodes_per_update: int = 4  # one update per this many finished episodes, whatever num_envs is (Table 8)
@@ -103,9 +105,11 @@ MAY_CHANGE |= {"run_dir", "resume", "evaluate", "capture_video", "track", "wandb
 SIZES = ("obs_size", "num_agents", "num_actions")  # of the agent network
 
 
-def make_env(args: Args, num_envs: int, seed: int) -> Spread:
+def make_env(args: Args, num_envs: int, seed: int) -> Spread | PettingZooBatch:
     """Episodes as one batch, behind the interface that envs/__init__.py states; ValueError for a wrong option."""
-    return {"batched": Spread, "mpe2": SpreadMPE2}[args.backend](args.level, num_envs, seed)
+    if args.env:
+        return PettingZooBatch(args.env, num_envs, seed, **args.env_options)
+    return {"batched": Spread, "mpe2": SpreadMPE2}[args.backend](args.level, num_envs, seed, **args.env_options)
 
 
 # --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
@@ -164,7 +168,7 @@ class Mixer(nn.Module):
 class Critic(nn.Module):
     """theta: the agent network and the mixer, trained by L_Q (Eq. 13). Q_i means the agent network's output."""
 
-    def __init__(self, env: Spread, args: Args):
+    def __init__(self, env: Spread | PettingZooBatch, args: Args):
         super().__init__()
         self.agent = Agent(env.obs_size, env.num_agents, env.num_actions)
         self.mixer = Mixer(env.state_size, env.num_agents) if args.mixer == "qmix" else lambda q, state: q.sum(1)
@@ -173,7 +177,7 @@ class Critic(nn.Module):
 class Networks(nn.Module):
     """All networks of a run: the critic theta and its target copy theta-bar."""
 
-    def __init__(self, env: Spread, args: Args):
+    def __init__(self, env: Spread | PettingZooBatch, args: Args):
         super().__init__()
         self.critic = Critic(env, args)
         self.target = copy.deepcopy(self.critic)
@@ -190,8 +194,7 @@ def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def epsilon_at(step: int, args: Args) -> float:
     """Probability of a random action, annealed linearly from epsilon_start to epsilon_finish (Table 8)."""
-    progress = min(1.0, step / args.epsilon_anneal_time)
-    return args.epsilon_start + progress * (args.epsilon_finish - args.epsilon_start)
+    return float(np.interp(step, [0, args.epsilon_anneal_time], [args.epsilon_start, args.epsilon_finish]))
 
 
 def epsilon_greedy(stage1: torch.Tensor, mask: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -203,9 +206,9 @@ def epsilon_greedy(stage1: torch.Tensor, mask: torch.Tensor, epsilon: float) -> 
 
 @torch.no_grad()
 def act(networks: Networks, row: dict[str, torch.Tensor], hidden: torch.Tensor, epsilon: float):
-    """Epsilon-greedy, independently for each environment and agent: action (E, N), hidden (E, N, H)."""
+    """Epsilon-greedy, independently for each environment and agent: actions (E, N), hidden (E, N, H)."""
     stage1, hidden = networks.critic.agent(row["obs"], row["last_action"], hidden)  # (E, N, A)
-    return epsilon_greedy(stage1, row["mask"], epsilon), hidden
+    return epsilon_greedy(stage1, row["mask"], epsilon).cpu().numpy(), hidden
 
 
 # --- Learning: an episode of L steps is L + 1 rows, what agents know at time t = 0..L and what led there --------------
@@ -233,10 +236,8 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
 
 def td_lambda_targets(reward, terminated, next_q, sizes, gamma, td_lambda) -> torch.Tensor:
     """TD(lambda) targets y_t with the greedy u' in place of the action taken (Peng's Q(lambda)):
-
-    y_t = r_t + gamma [Qbar_tot(s_{t+1}, u') + lambda (y_{t+1} - Qbar_tot(s_{t+1}, u'))]
-    y_L = Qbar_tot(s_L, u')
-
+      y_t = r_t + gamma [Qbar_tot(s_{t+1}, u') + lambda (y_{t+1} - Qbar_tot(s_{t+1}, u'))]
+      y_L = Qbar_tot(s_L, u')
     Columns are (R,), sizes[t] rows of each t < L. Nothing follows a terminated step."""
     y = reward + gamma * next_q.masked_fill(terminated, 0)
     following = y[:0]  # y_{t+1} of the episodes that have one: the longest, which come first
@@ -294,7 +295,7 @@ def move_target(networks: Networks, tau: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(agent: Agent, env: Spread, episodes: int, device: torch.device, seed: int = 2**31) -> dict[str, float]:
+def evaluate(agent: Agent, env, episodes: int, device: torch.device, seed: int = 2**31) -> dict[str, float]:
     """Greedy, decentralised episodes: `episodes` / E in each environment, fixed by a seed that no training has."""
     E, quota = env.num_envs, episodes // env.num_envs
     obs, info = env.reset(seed=seed)
@@ -319,14 +320,6 @@ def evaluate(agent: Agent, env: Spread, episodes: int, device: torch.device, see
 
 def describe(result: dict[str, float]) -> str:
     return f"return {result['return_mean']:.2f} +- {result['return_se']:.2f} (standard error)"
-
-
-def capture_video(agent: Agent, level: str, device: torch.device, path: Path) -> Summary.Image:
-    """Write three greedy episodes as a GIF; return it for TensorBoard, which plays it among its images."""
-    env = Spread(level, 3)
-    evaluate(agent, env, 3, device)
-    height, width = save_video(env, str(path))
-    return Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
 
 
 # --- A run: what can go wrong, files, the training loop ---------------------------------------------------------------
@@ -370,18 +363,21 @@ def prepare(args: Args) -> tuple:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise InputError("--track needs the package wandb: pip install wandb, or leave the option out.")
+    if args.env and args.capture_video:
+        raise InputError("--capture-video films Spread only, not --env: leave it out.")
     if (args.run_dir, args.resume, args.evaluate).count(None) < 2:
         raise InputError("--run-dir, --resume and --evaluate exclude each other: give one of them.")
     source = args.resume or args.evaluate
     saved = load(source, "checkpoint" if args.resume else "policy") if source else None
-    for name in vars(args).keys() - MAY_CHANGE if args.resume else ():
+    for name in sorted(vars(args).keys() - MAY_CHANGE) if args.resume else ():
         if (ours := getattr(args, name)) != (theirs := saved["args"][name]):
             raise InputError(f"{name} is {ours}, but was {theirs} in {args.resume}: leave the option out.")
     if args.resume and saved["step"] >= args.total_timesteps:
         raise InputError(f"{args.resume} has made its {saved['step']} steps: give more --total-timesteps.")
     try:
         env = make_env(args, args.num_envs, args.seed)
-        eval_env = make_env(args, args.eval_episodes, args.seed)
+        most = 32 if args.env else args.eval_episodes  # Spread's run all at once
+        eval_env = make_env(args, max(n for n in range(1, most + 1) if args.eval_episodes % n == 0), args.seed)
         if saved and any(saved[name] != getattr(env, name) for name in SIZES):
             raise InputError(f"{source} was trained in an environment of other sizes than {env.name}'s.")
         if args.resume:
@@ -394,7 +390,6 @@ def prepare(args: Args) -> tuple:
 
 def train(args: Args, stop: threading.Event | None = None) -> dict:
     """Run the experiment, or the rest of it with args.resume, and return what summary.json holds.
-
     Once `stop` is set, it saves a checkpoint and raises KeyboardInterrupt. Raises InputError for impossible settings,
     OSError if a file cannot be written or a game is lost for good, FloatingPointError if a loss is not finite."""
     env, eval_env, device, saved = prepare(args)
@@ -437,7 +432,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     writer.add_text("config", f"{env.title}\n```\n{json.dumps(about, indent=2)}\n```")
     print(f"{env.title}\n{env.name}, seed {args.seed}, {device} -> {run_dir}", flush=True)
     every = 0.5 if sys.stderr.isatty() else 60  # seconds
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", unit_scale=True, mininterval=every)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", unit_scale=True, miniters=1, mininterval=every)
     start = time.monotonic() - seconds
     while True:
         # Test, and save for --resume and --evaluate: at intervals and at the end
@@ -452,27 +447,26 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
             charts = {"SPS": times["sps"], "epsilon": epsilon_at(step, args)}
             for name, value in (charts | result).items():
                 writer.add_scalar(f"{'charts' if name in charts else 'eval'}/{name}", value, step)
-            bar.set_postfix({"return": f"{result['return_mean']:.1f} +- {result['return_se']:.1f}"})
+            text = f"return {result['return_mean']:.1f} +- {result['return_se']:.1f}"
+            bar.set_postfix_str(text, refresh=False)
         ends = done or (stop and stop.is_set())
         if ends or step // args.checkpoint_interval > (step - E) // args.checkpoint_interval:
-            seconds = time.monotonic() - start
             write(run_dir / "checkpoint.pt", {
                 "kind": f"{ALGORITHM} checkpoint 2", **about, "step": step, "rng": torch.get_rng_state(),
-                "loop": [step, episodes, updates, seconds, metrics, row, played, hidden],
+                "loop": [step, episodes, updates, time.monotonic() - start, metrics, row, played, hidden],
                 "networks": networks.state_dict(), "optimizer": optimizer.state_dict(),
                 "env": {name: torch.from_numpy(value) for name, value in env.get_state().items()},
                 "lengths": [len(episode["reward"]) for episode in replay],
                 "replay": {name: torch.cat([episode[name] for episode in replay]) for name in (row if replay else ())},
             })  # fmt: skip
             agent = {name: value.cpu() for name, value in networks.critic.agent.state_dict().items()}
-            write(run_dir / "policy.pt", {"kind": f"{ALGORITHM} policy 2", **about, "agent": agent})
+            write(run_dir / "policy.pt", {"kind": f"{ALGORITHM} policy 2", **about, "step": step, "agent": agent})
         if ends:
             break
 
         # Act in all environments
         inputs = {name: column.to(device) for name, column in row.items()}
         action, hidden = act(networks, inputs, hidden.to(device), epsilon_at(step, args))
-        action = action.cpu().numpy()
         obs, reward, terminated, truncated, info = env.step(action)
         step += E
         bar.update(E)
@@ -502,36 +496,38 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         if updates == 0:
             bar.set_postfix_str(f"{args.batch_size} episodes until the first update: {len(replay)}", refresh=False)
 
-    for end in (bar.close, env.close, eval_env.close, lock.release):
+    bar.close()
+    if done:
+        if not args.env:
+            mpe2_env = SpreadMPE2(args.level, args.eval_episodes)
+            about["eval_mpe2"] = evaluate(networks.critic.agent, mpe2_env, args.eval_episodes, device)
+        summary = {**about, "env_steps": step, **metrics[-1], "eval": {"episodes": args.eval_episodes, **result}}
+        write(run_dir / "summary.json", json.dumps(summary, indent=2))
+        if args.capture_video:
+            eval_env.save_film(run_dir, step)
+    for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if not done:
         raise KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
-    mpe2_env = SpreadMPE2(args.level, args.eval_episodes)
-    about["eval_mpe2"] = in_mpe2 = evaluate(networks.critic.agent, mpe2_env, args.eval_episodes, device)
-    if args.capture_video:
-        video = capture_video(networks.critic.agent, args.level, device, run_dir / "evaluation.gif")
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="evaluation", image=video)]), step)
-    writer.close()
-    summary = {**about, "env_steps": step, **metrics[-1], "eval": {"episodes": args.eval_episodes, **result}}
-    write(run_dir / "summary.json", json.dumps(summary, indent=2))
-    print(f"{step:,} steps: test {describe(result)}; in mpe2: {describe(in_mpe2)} -> {run_dir}")
+    in_mpe2 = "" if args.env else f"; in mpe2: {describe(about['eval_mpe2'])}"
+    print(f"{step:,} steps: test {describe(result)}{in_mpe2} -> {run_dir}")
     if updates == 0:
         print(f"Nothing was learnt: the first update waits for {args.batch_size} episodes, and {episodes} were played.")
     return summary
 
 
 def evaluate_policy(args: Args) -> None:
-    """Test the agent network of a policy.pt in args.backend and in mpe2, and print both results."""
-    _, _, device, policy = prepare(args)
+    """Test the agent network of a policy.pt, in Spread by args.backend and by mpe2, and print the results."""
+    _, eval_env, device, policy = prepare(args)
     agent = Agent(*(policy[name] for name in SIZES)).to(device)
     agent.load_state_dict(policy["agent"])
-    for backend in dict.fromkeys((args.backend, "mpe2")):
-        env = make_env(replace(args, backend=backend), args.eval_episodes, args.seed)
+    in_mpe2 = [] if args.env or args.backend == "mpe2" else [SpreadMPE2(args.level, args.eval_episodes)]
+    for env in (eval_env, *in_mpe2):
         result = evaluate(agent, env, args.eval_episodes, device)
         print(f"{env.title}: {describe(result)}, {args.eval_episodes} episodes")
+        env.close()
     if args.capture_video:
-        path = Path(args.evaluate if Path(args.evaluate).is_dir() else Path(args.evaluate).parent, "evaluation.gif")
-        capture_video(agent, args.level, device, path)
+        eval_env.save_film(args.evaluate, policy["step"])
 
 
 class Unbroken(io.FileIO):
@@ -568,13 +564,14 @@ def main() -> int:
         if isinstance(error, RuntimeError) and not memory:
             raise
         advice = "out of memory; lower --num-envs, --batch-size or --buffer-size: " if memory else ""
-        print(f"error: {advice}{error}", file=sys.stderr)
+        tqdm.write(f"error: {advice}{error}", file=sys.stderr)  # not within the bar
         return 2 if isinstance(error, InputError) else 1
     return 0
 
 
 if __name__ == "__main__":
     for fd, name in ((1, "stdout"), (2, "stderr")):
+        fd = fd if getattr(sys, name) else os.open(os.devnull, os.O_WRONLY)  # closed, as by >&- in a shell
         buffer = io.BufferedWriter(Unbroken(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=True))
     sys.exit(main())

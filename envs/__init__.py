@@ -39,6 +39,8 @@ Shapes: E environments side by side, N agents, A actions, O observation, S state
     get_state() -> dict of numpy arrays; set_state(dict)
         For checkpoints. An environment goes on from there to the last bit; StarCraft II cannot, and calls the next
         step's episodes invalid.
+    save_film(folder, step), of Spread and of smacv2_render.Film around a SMACv2Sim
+        For --capture-video: write evaluation.gif, what was last played since a reset, into a run folder.
     close()
         Ends processes and games, if there are any; more than once does no harm.
 """

@@ -9,13 +9,12 @@ shield and health. A line leads to a unit's target, bold while it strikes or hea
 was told to walk. The dead stay where they fell, as empty rings.
 """
 
-import importlib.util
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .film import check_path, save_evaluation, save_film
 from .smacv2_sim import (
     EPISODE_LIMIT,
     HEAL_RANGE,
@@ -168,24 +167,33 @@ def view_of(units):
 
 
 class Film:
-    """A SMACv2Sim that remembers what its battle 0 looked like after each step, the last one of a battle included."""
+    """A SMACv2Sim that remembers what environment 0 looked like since the last reset: after each step, the last one of
+    a battle included."""
 
-    def __init__(self, env, keep=None):
-        """Args: env; keep, how many moments to remember, the last ones, or None for all."""
+    def __init__(self, env, keep=None, battles=None):
+        """Args: env; keep, how many moments to remember, the last ones; battles, how many, the first ones; None: all.
+
+        Errors: ValueError for another game.
+        """
         if not isinstance(env, SMACv2Sim):
-            raise ValueError(f"Films are of the simulator's battles, and {type(env).__name__} is another game.")
+            raise ValueError("Films are of the simulator's battles; StarCraft II has replays, see its replay_folder.")
         self.env, self.moments = env, deque(maxlen=keep)  # of (units, step, ended)
+        self.battles, self.left = battles, battles
 
     def __getattr__(self, name):
         return getattr(self.env, name)
 
     def reset(self, seed=None):
         result = self.env.reset(seed)
+        self.left = self.battles
+        self.moments.clear()
         self._remember(self.env._world.units[0], self.env._world.battles[0], False)
         return result
 
     def step(self, actions):
         """The simulator's, which begins the next battle by itself: the end of one is played again, on copies."""
+        if self.left == 0:
+            return self.env.step(actions)
         units, battles = self.env._world.units[0].copy(), self.env._world.battles[:1].copy()
         result = self.env.step(actions)
         if result[2][0]:
@@ -196,6 +204,7 @@ class Film:
                 play_loop(units, rules.table, battles[0], N)
             battles["step"] += 1
             self._remember(units, battles[0], True)
+            self.left = None if self.left is None else self.left - 1
         if not result[2][0] or self.moments.maxlen is None:
             self._remember(self.env._world.units[0], self.env._world.battles[0], False)
         return result
@@ -223,37 +232,9 @@ class Film:
             frame = draw(self.env, units, step, view=view, **options)
             yield from [frame] * (PAUSE if ended else 1)
 
-
-def check_path(path):
-    if Path(path).suffix != ".gif" or not Path(path).parent.is_dir():
-        raise ValueError(
-            f"The film's file is {str(path)!r}, expected a name that ends in .gif in a folder that exists."
-        )
-    return Path(path)
-
-
-def save_film(frames, path, fps=8):
-    """Write frames (H, W, 3) uint8 as an endless GIF, and as an MP4 beside it if imageio-ffmpeg is installed.
-
-    Returns: the paths written. Errors: ValueError for a path that is none of a GIF, or for no frame.
-    """
-    path, frames = check_path(path), list(frames)
-    if not frames:
-        raise ValueError("There is nothing to see: no step was played.")
-    palette = Image.fromarray(np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]])).quantize(128)
-    first, *rest = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-    if not importlib.util.find_spec("imageio_ffmpeg"):
-        return [path]
-    import imageio_ffmpeg
-
-    height, width = frames[0].shape[:2]
-    writer = imageio_ffmpeg.write_frames(str(path.with_suffix(".mp4")), (width, height), fps=fps)
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    return [path, path.with_suffix(".mp4")]
+    def save_film(self, place, step=0):
+        """Write evaluation.gif, for a script's --capture-video: see save_evaluation."""
+        return save_evaluation(self.frames(), place, step)
 
 
 def record(env, play, path, fps=8, **options):

@@ -9,6 +9,8 @@ import numpy as np
 from mpe2.simple_spread import simple_spread
 from PIL import Image, ImageDraw, ImageFont
 
+from .film import save_evaluation
+
 LEVELS = {"simple": 1.0, "medium": 1.5, "hard": 2.0}  # k, the half-width of the square in which the agents start
 FORCES = 5.0 * np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])  # (A, 2): stay, left, right, down, up
 OTHERS = np.array([[1, 2], [0, 2], [0, 1]])  # (N, 2): whom each agent sees and bumps into
@@ -123,6 +125,10 @@ class Spread:
         """Frames of that environment's last episode, see draw_episode."""
         positions, rewards = (np.stack([step[i][env_index] for step in self.last_film]) for i in (0, 1))
         return draw_episode(positions, self.last_landmark[env_index], rewards[1:])
+
+    def save_film(self, place, step: int = 0) -> list:
+        """Write the last episodes of environments 0 to 2 as evaluation.gif: see save_evaluation."""
+        return save_evaluation([frame for e in range(min(3, self.num_envs)) for frame in self.draw(e)], place, step, 10)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -249,10 +255,3 @@ def draw_episode(positions: np.ndarray, landmarks: np.ndarray, rewards: np.ndarr
         draw.text((FINE * 10, FINE * HEADER / 2), text, "black", font, anchor="lm")
         frames.append(np.array(picture.resize((SIZE, SIZE + HEADER), Image.Resampling.BOX)))
     return frames + 9 * frames[-1:]
-
-
-def save_video(env: Spread, path: str, fps: int = 10) -> tuple[int, int]:
-    """Write the last episode of every environment as one endless GIF; returns height and width in pixels."""
-    first, *rest = [Image.fromarray(frame) for e in range(env.num_envs) for frame in env.draw(e)]
-    first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-    return first.height, first.width

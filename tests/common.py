@@ -223,7 +223,8 @@ def move_target(script, networks, tau: float) -> None:
 
 def act(script, networks, view: dict, last_action, hidden, exploration: float):
     """Actions (E, N) and hidden state; exploration is alpha or epsilon."""
-    return script.act(networks, view | {"last_action": last_action}, hidden, exploration)
+    actions, hidden = script.act(networks, view | {"last_action": last_action}, hidden, exploration)
+    return torch.from_numpy(actions), hidden
 
 
 def acting_on(arguments: tuple) -> tuple:

@@ -29,15 +29,16 @@ ANY = {"max_grad_norm": 10.0, "seed": 1}
 SOFT_ANY = {"use_g": True, "use_f": True}
 LONG = {
     "gamma": 0.99, "tau": 1.0, "td_weight": 1.0, "episodes_per_update": 4, "checkpoint_interval": 500_000,
-    "cuda": True, "track": False, "resume": None, "evaluate": None, "run_dir": None,
+    "cuda": True, "track": False, "capture_video": False, "env_options": {}, "resume": None,
+    "evaluate": None, "run_dir": None,
 }  # fmt: skip
 ON_SMACV2 = {
     "map": "protoss_5_vs_5", "backend": "auto", "total_timesteps": 10_050_000, "eval_interval": 10_000,
-    "eval_episodes": 32, "env_options": {},
+    "eval_episodes": 32,
 }  # fmt: skip
 ON_MPE = {
     "level": "hard", "backend": "batched", "total_timesteps": 10_000_000, "eval_interval": 20_000,
-    "eval_episodes": 1000, "capture_video": False,
+    "eval_episodes": 1000, "env": None,
 }  # fmt: skip
 ON_MATRIX = {
     "payoff": "table1", "num_seeds": 16, "total_timesteps": 10_000, "eval_interval": 500, "td_weight": 0.1,

@@ -22,7 +22,6 @@ from envs.spread import (
     SpreadMPE2,
     distance,
     draw_episode,
-    save_video,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -402,8 +401,9 @@ def test_gif_of_the_episode_that_has_ended(tmp_path, monkeypatch):
     assert len(np.unique(np.stack(frames)[:, ::5, ::5].reshape(35, -1), axis=0)) == 26  # it moves in every frame
     env.step(np.zeros((1, 3), np.int64))  # of the next episode
     np.testing.assert_allclose(np.stack(env.draw(0)), np.stack(frames), atol=2)  # the last view is float32
-    assert save_video(env, tmp_path / "episode.gif") == (SIZE + HEADER, SIZE)
-    with Image.open(tmp_path / "episode.gif") as gif:
+    assert env.save_film(tmp_path) == [tmp_path / "evaluation.gif"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "evaluation.gif"]  # and no TensorBoard outside a run's folder
+    with Image.open(tmp_path / "evaluation.gif") as gif:
         assert (gif.n_frames, gif.info["duration"], gif.info["loop"], gif.size) == (26, 100, 0, (SIZE, SIZE + HEADER))
         for index in (0, 12, 25):
             gif.seek(index)

@@ -83,7 +83,11 @@ def test_a_signal_saves_a_checkpoint_and_the_printed_cure_can_be_pasted(script, 
     """Also where the folder's name has spaces and quotes; the checkpoint is of the step that the signal came at."""
     monkeypatch.setattr(script, "evaluate", at_test(script, 2, lambda: signal.raise_signal(number)))
     folder = tmp_path / "my 'best' run"
-    code, output = run_main(script, capsys, "--run-dir", folder, *tiny(script))
+    before = signal.signal(number, lambda *_: pytest.fail("The script does not handle it."))
+    try:
+        code, output = run_main(script, capsys, "--run-dir", folder, *tiny(script))
+    finally:
+        signal.signal(number, before)
     assert code == 130
     assert "Traceback" not in output
     cure = output.strip().splitlines()[-1]
@@ -151,6 +155,34 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on_and_is_saved(tmp_path)
     assert train(script, resumed_args(script, tmp_path, total_timesteps=step + 40))
 
 
+def test_closed_output_is_no_error(tmp_path):
+    """As by `>&- 2>&-` in a shell."""
+    command = [sys.executable, ROOT / "qmix_smacv2.py", "--run-dir", tmp_path, *tiny(SMACV2[1], total_timesteps=4)]
+    closed = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *command], timeout=120, check=False)
+    assert closed.returncode == 0
+    assert (tmp_path / "summary.json").exists()
+
+
+@over(SCRIPTS)
+def test_the_bar_writes_a_line_a_minute_to_a_file(script, tmp_path, monkeypatch, capsys):
+    now = itertools.count(0, 5)  # seconds; tqdm asks once a step
+    monkeypatch.setattr("tqdm.std.time", lambda: next(now))
+    options = tiny(script, total_timesteps=120, eval_interval=4, eval_episodes=1, batch_size=8)
+    code, output = run_main(script, capsys, "--run-dir", tmp_path, *options)
+    assert code == 0
+    lines = output.count("step/s") + output.count("s/step")
+    assert 3 <= lines <= 2 + 120 // 4 * 5 * 2 / 60  # the first, the last, and one a minute
+
+
+@over(SCRIPTS)
+def test_an_error_has_a_line_of_its_own(script, tmp_path, monkeypatch, capsys):
+    """Beside the bar, which is drawn without an end of line."""
+    monkeypatch.setattr(script, "update", lambda *_: {"td": math.nan})
+    code, output = run_main(script, capsys, "--run-dir", tmp_path, *tiny(script))
+    assert code == 1
+    assert any(line.startswith("error: A loss is not finite") for line in output.replace("\r", "\n").splitlines())
+
+
 @over(SCRIPTS)
 def test_ctrl_c_during_the_imports_ends_them_without_a_traceback(script, tmp_path):
     (tmp_path / "numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
@@ -169,6 +201,25 @@ def test_a_second_process_in_a_runs_folder_gets_one_sentence(finished, option, c
         options = (option, folder, *(tiny(script) if option == "--run-dir" else ("--total-timesteps", 800)))
         sentence = one_sentence(run_main(script, capsys, *options))
     assert sentence == f"error: {folder} cannot be used: another process trains in it."
+
+
+def test_a_folder_is_locked_until_its_last_file_is_written(run, monkeypatch):
+    script, folder = run
+    write, free = script.write, {}
+
+    def spy(path, content):
+        write(path, content)
+        try:
+            FileLock(folder / "run.lock").acquire(timeout=0).lock.release()
+            free[path.name] = True
+        except TimeoutError:
+            free[path.name] = False
+
+    monkeypatch.setattr(script, "write", spy)
+    train(script, resumed_args(script, folder, total_timesteps=STEPS + 40))
+    assert set(free) == {f"resumed_{STEPS}.json", "metrics.csv", "checkpoint.pt", "policy.pt", "summary.json"}
+    assert not any(free.values())
+    FileLock(folder / "run.lock").acquire(timeout=0).lock.release()  # and then no longer
 
 
 def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path, capsys):
@@ -235,6 +286,12 @@ def test_a_run_does_not_go_on_with_another_algorithm(finished, change, capsys):
     sentence = one_sentence(run_main(script, capsys, "--resume", folder, option, value))
     assert sentence.startswith(f"error: {name} is {value}, but was ")
     assert str(folder) in sentence
+
+
+def test_of_several_options_that_differ_the_first_is_named(finished, capsys):
+    script, folder = finished
+    changes = ["--tau", 0.5, "--seed", 2, "--gamma", 0.5, "--learning-rate", 0.01]
+    assert "error: gamma is" in one_sentence(run_main(script, capsys, "--resume", folder, *changes))
 
 
 def test_a_finished_run_goes_on_with_more_steps_only(run, capsys):

@@ -178,7 +178,7 @@ def test_agents_forget_exactly_when_their_episode_ends(run):
     for i, act in enumerate(acts):
         _, last_action, hidden, _ = acting_on(act.arguments)
         begins = torch.tensor(i % LENGTHS == 0)
-        before = torch.where(begins[:, None], -1, acts[i - 1].result[0])
+        before = torch.where(begins[:, None], -1, torch.from_numpy(acts[i - 1].result[0]))
         assert torch.equal(last_action, before)
         assert torch.equal((hidden == 0).all(2), begins[:, None].expand(E, 2))
 
@@ -192,7 +192,7 @@ def test_exploration_follows_its_schedule(run):
 
 def test_stored_episodes_are_those_that_were_played(run):
     events = run[2]
-    actions = np.stack([event.result[0].numpy() for event in events if event.name == "act"])  # (iterations, E, N)
+    actions = np.stack([event.result[0] for event in events if event.name == "act"])  # (iterations, E, N)
     episodes = iter(stored_episodes(events))
     for end in range(1, ITERATIONS + 1):
         for e in np.flatnonzero(end % LENGTHS == 0):
@@ -320,7 +320,7 @@ MAY_CHANGE = {
     "capture_video", "track", "wandb_project_name", "wandb_entity",
 }  # fmt: skip
 OTHER = {"map": "zerg_5_vs_5", "backend": "batched", "level": "simple", "mixer": "vdn", "exp_name": "other"}
-OTHER |= {"env_options": {"enemy_wipe": True}, "seed": 2, "tau": 0.5, "td_lambda": 0.1}
+OTHER |= {"env": "agree:make", "env_options": {"enemy_wipe": True}, "seed": 2, "tau": 0.5, "td_lambda": 0.1}
 
 
 @over(SMACV2 + MPE)
@@ -382,8 +382,10 @@ def test_seeds_of_test_episodes(script, tmp_path):
 
 
 @over(SMACV2 + MPE)
-def test_nothing_is_computed_on_another_device(script):
+def test_nothing_is_computed_on_another_device(script, monkeypatch):
     """Updates and acting on the meta device, which as a GPU does refuses to compute with a CPU's tensors."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)  # of the actions, which alone leave the device
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)
     device, args = torch.device("meta"), common.make_args(script, tau=0.5)
     networks = script.Networks(Clockwork(), args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups())

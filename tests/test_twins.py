@@ -132,3 +132,14 @@ def test_what_stands_between_definitions_is_the_same(plain, soft):
     assert [line for line in ours if line not in theirs and "SMACv2Sim" not in line] == [
         'RANGES |= {"epsilon_start": (0, 1), "epsilon_finish": (0, 1)}'
     ]
+
+
+@pytest.mark.parametrize("file", sorted(path.name for kind in ("smacv2", "mpe") for path in ROOT.glob(f"*_{kind}.py")))
+def test_what_guards_a_scripts_start_and_output_is_the_same_everywhere(file):
+    def guards(name):
+        source = (ROOT / name).read_text()
+        blocks = [n for n in ast.parse(source).body if isinstance(n, ast.If)]
+        return [ast.get_source_segment(source, block) for block in blocks]
+
+    assert len(guards(file)) == 2
+    assert guards(file) == guards("softqmix_smacv2.py")
