@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "tyro>=0.9,<2", "tensorboard>=2.18", "tqdm>=4.66"]
+# dependencies = ["torch==2.13.0", "tyro>=0.9,<2", "tqdm>=4.66"]
 # ///
 """QMIX on one-step matrix games: the baseline of section 5.1 of Chen, Huang, Schneider 2024, arXiv 2406.13930, small.
 
@@ -10,11 +10,11 @@
 
 Two agents choose a row and a column at the same time, and both receive that cell of the payoff. A monotonic mixer joins
 their values to Q_tot, so that each agent's best action is part of the best joint action: execution does not need it.
-Nearly all seeds find the best cell, but few at --td-weight 1, the loss as the paper writes it, which is trained, too:
-most of them end at B or C, worth 0, Table 2(c). `diff qmix_matrix.py softqmix_matrix.py` is what Soft-QMIX adds.
+Nearly all seeds find the best cell, but few at --td-weight 1, the paper's loss, trained beside it (results/matrix.md):
+most end at B or C, worth 0, Table 2(c). `diff qmix_matrix.py softqmix_matrix.py` is what Soft-QMIX adds.
 
-Equation, table and appendix numbers are the paper's. In shape comments: K seeds (at one weight each), R rows of a
-module, B games of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, S = 1 state."""
+Shape comments: K seeds (at one weight each), R rows of a module, B games of a batch, E environments, N = 2 agents, A
+actions, J = n * m joint actions, S = 1 state. Equation, table and appendix numbers are the paper's."""
 
 import os
 import signal
@@ -27,9 +27,9 @@ if __name__ == "__main__":  # before the imports, which are slow
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
 
+import io
 import json
 import math
-import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +39,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 ALGORITHM = Path(__file__).stem  # this file's name, by which its runs are known
@@ -138,7 +137,7 @@ def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def epsilon_at(step: int, args: Args) -> float:
-    """Probability of a random action, annealed linearly from epsilon_start to epsilon_finish (Table 8)."""
+    """Probability of a random action, annealed linearly from epsilon_start to epsilon_finish."""
     progress = min(1.0, step / args.epsilon_anneal_time) if args.epsilon_anneal_time else 1.0
     return args.epsilon_start + progress * (args.epsilon_finish - args.epsilon_start)
 
@@ -157,7 +156,7 @@ def compute_losses(q_tot, joint, reward, td_weight) -> dict[str, torch.Tensor]:
     td_error = q_tot - reward  # the game ends with its first step: no bootstrap, no target networks
     weight = torch.where(td_error > 0, td_weight.unsqueeze(1), 1.0)
     loss_q = 0.5 * (weight * td_error.square()).mean(1)
-    return {"losses/td": loss_q}
+    return {"td": loss_q}
 
 
 def clip_grad_norm(parameters: list[torch.Tensor], max_norm: float) -> None:
@@ -168,67 +167,22 @@ def clip_grad_norm(parameters: list[torch.Tensor], max_norm: float) -> None:
         p.grad.mul_(scale.view(-1, *[1] * (p.ndim - 1)))
 
 
-class Seeds:
-    """Networks, exploration and replay of K seeds, trained as one batch; each draws from random numbers of its own."""
-
-    def __init__(self, payoff: torch.Tensor, args: Args, seeds: list[int], td_weight: list[float]):
-        self.payoff, self.args, self.step, self.td_weight = payoff, args, 0, torch.tensor(td_weight)  # (n, m), (K,)
-        self.mask = torch.arange(max(payoff.shape)) < torch.tensor(payoff.shape).unsqueeze(1)  # (N, A): who has which
-        models, self.generators = [], []  # for exploration and replay; they go on where initialisation stopped
-        for seed in seeds:
-            torch.manual_seed(seed)
-            models.append(Networks(payoff, args))
-            self.generators.append(torch.Generator().set_state(torch.get_rng_state()))
-        self.parameters, _ = stack_module_state(models)  # (K, ...) each
-        self.values = lambda: vmap(lambda parameters: functional_call(models[0], parameters, ()))(self.parameters)
-        self.optimizer = torch.optim.Adam(self.parameters.values(), args.learning_rate, fused=True)  # it is elementwise
-        self.replay = torch.zeros(len(seeds), args.buffer_size, dtype=torch.long)  # joint actions; they fix the reward
-
-    def advance(self) -> dict[str, torch.Tensor]:
-        """Play num_envs games and learn once; returns what is to be logged, (K, ...) each."""
-        args, (stage1, q_tot) = self.args, self.values()  # one pass for acting and learning
-        payoff = self.payoff.flatten().to(q_tot)  # (J,)
-        action = act(stage1, self.mask, epsilon_at(self.step, args), args.num_envs, self.generators)  # (K, E, N)
-        played = action[..., 0] * self.payoff.shape[1] + action[..., 1]  # (K, E)
-        self.replay[:, torch.arange(self.step, self.step + args.num_envs) % args.buffer_size] = played
-        self.step += args.num_envs
-        losses = {}
-        if self.step >= args.batch_size:
-            size = min(self.step, args.buffer_size)
-            chosen = torch.stack([torch.randint(size, (args.batch_size,), generator=g) for g in self.generators])
-            joint = self.replay.gather(1, chosen)  # (K, B)
-            losses = compute_losses(q_tot, joint, payoff[joint], self.td_weight)
-            self.optimizer.zero_grad()
-            sum(losses.values()).sum().backward()
-            clip_grad_norm(self.parameters.values(), args.max_grad_norm)
-            self.optimizer.step()
-        return {"charts/episodic_return": payoff[played]} | losses
-
-    @torch.no_grad()
-    def test(self) -> dict[str, torch.Tensor]:
-        """What was learnt: greedy joint actions (K, N), what they pay (K,), Q_tot (K, n, m), policies (K, N, A)."""
-        stage1, q_tot = self.values()
-        greedy, q_tot = greedy_action(stage1, self.mask), q_tot.unflatten(1, self.payoff.shape)
-        epsilon, best = epsilon_at(self.step, self.args), F.one_hot(greedy, self.mask.shape[1])
-        policy = epsilon * self.mask / self.mask.sum(-1, keepdim=True) + (1 - epsilon) * best
-        return {"greedy": greedy, "pays": self.payoff[greedy.unbind(1)], "q_tot": q_tot, "policy": policy}
-
-
-def summarise(tested: dict, payoff: torch.Tensor, seeds: list[int], td_weight: float) -> tuple[dict, str]:
-    """What the seeds at one weight have learnt: all of it, and one seed of the most frequent outcome as Table 2."""
+def summarise(tested: dict, payoff: torch.Tensor, seeds: list[int], settings: dict) -> tuple[dict, str]:
+    """What the seeds at these settings have learnt: all of it, and as Table 2 one seed of the most frequent outcome."""
     learnt = {name: value.tolist() for name, value in tested.items()}
     learnt["policy"] = [[p[:size] for p, size in zip(both, payoff.shape, strict=True)] for both in learnt["policy"]]
     pays, wins, n, z = learnt["pays"], learnt["pays"].count(payoff.max()), len(seeds), 1.959964
     k = pays.index(max(pays, key=pays.count))  # the first of the seeds that earn what most seeds earn
     centre, half = wins + z * z / 2, z * math.sqrt(wins * (n - wins) / n + z * z / 4)  # Wilson's 95 % interval
     low, high = (centre - half) / (n + z * z), (centre + half) / (n + z * z)
-    result = {"td_weight": td_weight, "success_rate": wins / n, "successes": wins, "seeds": seeds}
+    result = {**settings, "success_rate": wins / n, "successes": wins, "seeds": seeds}
     result |= {"interval": [low, high], "representative": seeds[k], **learnt}
     names = [chr(ord("A") + u) if u < 26 else str(u) for u in range(max(payoff.shape))]  # of actions
     rows, columns = ([f"{names[u]} {p:.2f}" for u, p in enumerate(policy)] for policy in learnt["policy"][k])
     cells = [[row, *map("{:.2f}".format, q_tot)] for row, q_tot in zip(rows, learnt["q_tot"][k], strict=True)]
     width = max(8, *(len(cell) + 2 for line in [columns, *cells] for cell in line))
-    text = f"\n--- Q_tot of seed {seeds[k]}, td-weight {td_weight:g}, its policies on the margins ---\n"
+    title = "".join(f", {name.replace('_', '-')} {value:g}" for name, value in settings.items())
+    text = f"\n--- Q_tot of seed {seeds[k]}{title}, its policies on the margins ---\n"
     text += "".join("".join(cell.rjust(width) for cell in line) + "\n" for line in [["", *columns], *cells])
     greedy = ", ".join(names[u] for u in learnt["greedy"][k])
     text += f"greedy joint action ({greedy}) pays {pays[k]:.9g}, the most frequent outcome\n"
@@ -243,15 +197,12 @@ class InputError(ValueError):
 def write(path: Path, text: str) -> None:
     """Under a temporary name, then renamed, so that no file is ever left half written."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
-def prepare(args: Args) -> torch.Tensor:
-    """The payoff (n, m); InputError for whatever the user got wrong, before a file is made."""
+def prepare(args: Args) -> tuple[torch.Tensor, Path]:
+    """The payoff (n, m) and the run's folder; InputError for whatever the user got wrong, before a file is made."""
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (1, 2**31 - 1) if type(value) is int else (1e-9, 1e6))
         if type(value) in (int, float) and not low <= value <= high:
@@ -265,14 +216,7 @@ def prepare(args: Args) -> torch.Tensor:
     except (OSError, ValueError):
         payoff = torch.empty(0)
     if not payoff.numel() or not (payoff.abs() <= 1e6).all():
-        file = "a readable file of lines with equally many numbers up to 1e6, separated by commas"
-        raise InputError(f"--payoff {args.payoff} is neither one of {', '.join(GAMES)} nor {file}.")
-    return payoff
-
-
-def train(args: Args) -> dict:
-    """Run the experiment at args.td_weight and at weight 1 and return what summary.json holds."""
-    payoff = prepare(args)
+        raise InputError(f"--payoff {args.payoff} is none of {', '.join(GAMES)}, nor a CSV table of numbers up to 1e6.")
     name = f"{Path(args.payoff).stem}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.run_dir or f"runs/{name}")
     try:
@@ -280,45 +224,73 @@ def train(args: Args) -> dict:
         (run_dir / "config.json").touch(exist_ok=False)  # of two runs that start at once, one fails here
     except OSError as error:
         raise InputError(f"--run-dir {run_dir} already holds a run or files, or: {error.strerror}.") from None
+    return payoff, run_dir
+
+
+def train(args: Args) -> dict:
+    """All seeds, at args.td_weight and at weight 1, side by side as one batch; returns what summary.json holds."""
+    payoff, run_dir = prepare(args)
     about = {"algorithm": ALGORITHM, "args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
     write(run_dir / "config.json", json.dumps(about, indent=2))
     seeds, weights = list(range(args.seed, args.seed + args.num_seeds)), list(dict.fromkeys((args.td_weight, 1.0)))
-    learners = Seeds(payoff, args, seeds * len(weights), [w for w in weights for _ in seeds])  # weight by weight
-    writers = [SummaryWriter(str(run_dir / f"td_weight_{w:g}")) for w in weights]
-    start, table = time.monotonic(), []
-    rounds, every = range(0, args.total_timesteps, args.num_envs), 0.5 if sys.stderr.isatty() else 60  # seconds
-    for _ in tqdm(rounds, unit="step", unit_scale=args.num_envs, mininterval=every, miniters=1):
-        logs, step = learners.advance(), learners.step
+    td_weight = torch.tensor([w for w in weights for _ in seeds])  # (K,), weight by weight
+    models, generators = [], []  # for exploration and replay; they go on where initialisation stopped
+    for seed in seeds * len(weights):
+        torch.manual_seed(seed)
+        models.append(Networks(payoff, args))
+        generators.append(torch.Generator().set_state(torch.get_rng_state()))
+    parameters, _ = stack_module_state(models)  # (K, ...) each
+    networks = vmap(lambda parameters: functional_call(models[0], parameters, ()))
+    optimizer = torch.optim.Adam(parameters.values(), args.learning_rate, fused=True)  # it is elementwise
+    mask = torch.arange(max(payoff.shape)) < torch.tensor(payoff.shape).unsqueeze(1)  # (N, A): who has which action
+    reward, best = payoff.flatten().to(td_weight), payoff.max()  # (J,), (): of each joint action, of an optimal one
+    replay = torch.zeros(len(models), args.buffer_size, dtype=torch.long)  # joint actions; they fix the reward
+    start, table, rounds = time.monotonic(), [], range(0, args.total_timesteps, args.num_envs)
+    for begin in tqdm(rounds, unit="step", unit_scale=args.num_envs, disable=None):  # None: a bar on terminals only
+        stage1, q_tot = networks(parameters)  # one pass for acting and learning
+        action = act(stage1, mask, epsilon_at(begin, args), args.num_envs, generators)  # (K, E, N)
+        played = action[..., 0] * payoff.shape[1] + action[..., 1]  # (K, E)
+        step, losses = begin + args.num_envs, {}
+        replay[:, torch.arange(begin, step) % args.buffer_size] = played
+
+        if step >= args.batch_size:
+            size = min(step, args.buffer_size)
+            chosen = torch.stack([torch.randint(size, (args.batch_size,), generator=g) for g in generators])
+            joint = replay.gather(1, chosen)  # (K, B)
+            losses = compute_losses(q_tot, joint, reward[joint], td_weight)
+            optimizer.zero_grad()
+            sum(losses.values()).sum().backward()
+            clip_grad_norm(parameters.values(), args.max_grad_norm)
+            optimizer.step()
+
         if step < args.total_timesteps and (step < args.batch_size or step % args.eval_interval >= args.num_envs):
             continue
-        tested, seconds = learners.test(), time.monotonic() - start
-        if not tested["q_tot"].isfinite().all():
+        with torch.no_grad():
+            stage1, q_tot = networks(parameters)
+        greedy, epsilon = greedy_action(stage1, mask), epsilon_at(step, args)
+        policy = epsilon * mask / mask.sum(-1, keepdim=True) + (1 - epsilon) * F.one_hot(greedy, mask.shape[1])
+        pays, q_tot, seconds = payoff[greedy.unbind(1)], q_tot.unflatten(1, payoff.shape), time.monotonic() - start
+        if not q_tot.isfinite().all():
             raise FloatingPointError(f"Q_tot is not finite at step {step}: lower --learning-rate.")
-        logs |= {"losses/q_tot": tested["q_tot"], "losses/entropy": torch.special.entr(tested["policy"]).sum((1, 2))}
-        logs |= {"eval/return_mean": tested["pays"], "eval/success_rate": tested["pays"] == payoff.max()}
-        for i, (weight, writer) in enumerate(zip(weights, writers, strict=True)):
+        logs = {"episodic_return": reward[played], **losses, "q_tot": q_tot}
+        logs |= {"entropy": torch.special.entr(policy).sum((1, 2)), "return_mean": pays, "success_rate": pays == best}
+        for i, weight in enumerate(weights):
             means = {name: value.chunk(len(weights))[i].double().mean().item() for name, value in logs.items()}
-            means["charts/SPS"] = round(step * args.num_seeds / seconds)
-            for name, mean in means.items():
-                writer.add_scalar(name, mean, step)
-            table.append({"step": step, "td_weight": weight, **{name.split("/")[1]: m for name, m in means.items()}})
+            table.append({"step": step, "td_weight": weight, **means, "SPS": round(step * len(seeds) / seconds)})
         lines = [table[0], *(line.values() for line in table)]
         write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-
+    tested = {"greedy": greedy, "pays": pays, "q_tot": q_tot, "policy": policy}
     blocks = [{name: value.chunk(len(weights))[i] for name, value in tested.items()} for i in range(len(weights))]
-    results, texts = zip(*(summarise(b, payoff, seeds, w) for b, w in zip(blocks, weights, strict=True)), strict=True)
-    summary = about | {"payoff": payoff.tolist(), **results[0], "weight_1": results[-1], "seconds": round(seconds, 1)}
+    pairs = [summarise(b, payoff, seeds, {"td_weight": w}) for b, w in zip(blocks, weights, strict=True)]
+    summary = about | {"payoff": payoff.tolist(), **pairs[0][0], "weight_1": pairs[-1][0], "seconds": round(seconds, 1)}
     write(run_dir / "summary.json", json.dumps(summary, indent=2))
-    for writer in writers:
-        writer.close()
     print(f"QMIX on {args.payoff}, seeds {seeds[0]} to {seeds[-1]} -> {run_dir}")
-    print("".join(texts), f"Picture: python plot.py '{run_dir}'", sep="\n", flush=True)
+    print("".join(text for _, text in pairs), f"Picture: python plot.py '{run_dir}'", sep="\n", flush=True)
     return summary
 
 
 def main() -> int:
     """The command line. Exit codes: 2 for what the user can put right, 1 for other failures."""
-    threading.excepthook = lambda _: None  # TensorBoard's thread fails on a full disk: train() is told, too
     try:
         train(tyro.cli(Args, description=__doc__))
     except BrokenPipeError:  # nobody reads on; the files are written
@@ -330,4 +302,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # if closed by the caller
     sys.exit(main())

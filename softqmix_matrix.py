@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "tyro>=0.9,<2", "tensorboard>=2.18", "tqdm>=4.66"]
+# dependencies = ["torch==2.13.0", "tyro>=0.9,<2", "tqdm>=4.66"]
 # ///
 """Soft-QMIX on one-step matrix games (section 5.1 of Chen, Huang, Schneider 2024, arXiv 2406.13930): all of it, small.
 
@@ -11,11 +11,10 @@
 Two agents choose a row and a column at the same time, and both receive that cell of the payoff. g_i refines an agent's
 values, a monotonic mixer joins them to Q_tot, and f_i turns them into the logits of the agent's policy. All three keep
 the order of its actions, so each agent's best action is part of the best joint action: execution needs none of them.
-Nearly all seeds find the best cell, but few at --td-weight 1, the loss as the paper writes it, which is trained, too:
-the optimistic weight does the work on this game, not the entropy; results/matrix.md has the figures.
+Nearly all seeds find the best cell, but few at --td-weight 1, the paper's loss, trained beside it (results/matrix.md).
 
-Equation, table and appendix numbers are the paper's. In shape comments: K seeds (at one weight each), R rows of a
-module, B games of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, S = 1 state."""
+Shape comments: K seeds (at one weight each), R rows of a module, B games of a batch, E environments, N = 2 agents, A
+actions, J = n * m joint actions, S = 1 state. Equation, table and appendix numbers are the paper's."""
 
 import os
 import signal
@@ -28,9 +27,9 @@ if __name__ == "__main__":  # before the imports, which are slow
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
 
+import io
 import json
 import math
-import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +39,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch.func import functional_call, stack_module_state, vmap
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 ALGORITHM = Path(__file__).stem  # this file's name, by which its runs are known
@@ -121,7 +119,6 @@ class TransformG(nn.Module):
 
     def __init__(self, state_size: int, num_agents: int, embed: int = 32):
         super().__init__()
-        self.num_agents = num_agents
         self.w1 = hypernetwork(state_size, num_agents * embed)
         self.b1 = nn.Linear(state_size, num_agents * embed)
         self.w2 = hypernetwork(state_size, num_agents * embed)
@@ -129,11 +126,9 @@ class TransformG(nn.Module):
 
     def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """x (R, N, K): values of K actions, state (R, S) -> Q_i (R, N, K)."""
-        w1 = self.w1(state).abs().view(len(x), self.num_agents, 1, -1)  # (R, N, 1, embed)
-        b1 = self.b1(state).view_as(w1)
-        w2 = self.w2(state).abs().view(len(x), self.num_agents, -1, 1)  # (R, N, embed, 1)
-        hidden = F.elu(torch.addcmul(b1, x.unsqueeze(-1), w1), inplace=True)  # (R, N, K, embed)
-        return x + (hidden @ w2).squeeze(-1) + self.b2(state).unsqueeze(-1)
+        w1, b1, w2 = (make(state).view(*x.shape[:2], 1, -1) for make in (self.w1, self.b1, self.w2))  # (R, N, 1, embed)
+        hidden = F.elu(torch.addcmul(b1, x.unsqueeze(-1), w1.abs()), inplace=True)  # (R, N, K, embed)
+        return x + (hidden @ w2.abs().mT).squeeze(-1) + self.b2(state).unsqueeze(-1)
 
 
 class TransformF(nn.Module):
@@ -194,7 +189,7 @@ def compute_losses(q_tot, f_sum, joint, reward, td_weight) -> dict[str, torch.Te
     weight = torch.where(td_error > 0, td_weight.unsqueeze(1), 1.0)
     loss_q = 0.5 * (weight * td_error.square()).mean(1)
     loss_pi = 0.5 * (f_sum.gather(1, joint) - q_tot.detach()).square().mean(1)  # trains f alone
-    return {"losses/td": loss_q, "losses/policy": loss_pi}
+    return {"td": loss_q, "policy": loss_pi}
 
 
 def clip_grad_norm(parameters: list[torch.Tensor], max_norm: float) -> None:
@@ -205,68 +200,22 @@ def clip_grad_norm(parameters: list[torch.Tensor], max_norm: float) -> None:
         p.grad.mul_(scale.view(-1, *[1] * (p.ndim - 1)))
 
 
-class Seeds:
-    """Networks, exploration and replay of K seeds, trained as one batch; each draws from random numbers of its own."""
-
-    def __init__(self, payoff: torch.Tensor, args: Args, seeds: list[int], td_weight: list[float]):
-        self.payoff, self.args, self.step, self.td_weight = payoff, args, 0, torch.tensor(td_weight)  # (n, m), (K,)
-        self.mask = torch.arange(max(payoff.shape)) < torch.tensor(payoff.shape).unsqueeze(1)  # (N, A): who has which
-        models, self.generators = [], []  # for exploration and replay; they go on where initialisation stopped
-        for seed in seeds:
-            torch.manual_seed(seed)
-            models.append(Networks(payoff, args))
-            self.generators.append(torch.Generator().set_state(torch.get_rng_state()))
-        self.parameters, _ = stack_module_state(models)  # (K, ...) each
-        self.values = lambda: vmap(lambda parameters: functional_call(models[0], parameters, ()))(self.parameters)
-        groups = [[p for name, p in self.parameters.items() if name.startswith("f.") == is_f] for is_f in (False, True)]
-        self.optimizer = torch.optim.Adam([{"params": g} for g in groups if g], args.learning_rate, fused=True)
-        self.replay = torch.zeros(len(seeds), args.buffer_size, dtype=torch.long)  # joint actions; they fix the reward
-
-    def advance(self) -> dict[str, torch.Tensor]:
-        """Play num_envs games and learn once; returns what is to be logged, (K, ...) each."""
-        args, (_, q_tot, logits, f_sum) = self.args, self.values()  # one pass for acting and learning
-        payoff = self.payoff.flatten().to(q_tot)  # (J,)
-        action = act(logits / args.alpha, self.mask, args.num_envs, self.generators)  # (K, E, N)
-        played = action[..., 0] * self.payoff.shape[1] + action[..., 1]  # (K, E)
-        self.replay[:, torch.arange(self.step, self.step + args.num_envs) % args.buffer_size] = played
-        self.step += args.num_envs
-        losses = {}
-        if self.step >= args.batch_size:
-            size = min(self.step, args.buffer_size)
-            chosen = torch.stack([torch.randint(size, (args.batch_size,), generator=g) for g in self.generators])
-            joint = self.replay.gather(1, chosen)  # (K, B)
-            losses = compute_losses(q_tot, f_sum, joint, payoff[joint], self.td_weight)
-            self.optimizer.zero_grad()
-            sum(losses.values()).sum().backward()
-            for group in self.optimizer.param_groups:
-                clip_grad_norm(group["params"], args.max_grad_norm)
-            self.optimizer.step()
-        return {"charts/episodic_return": payoff[played]} | losses
-
-    @torch.no_grad()
-    def test(self) -> dict[str, torch.Tensor]:
-        """What was learnt: greedy joint actions (K, N), what they pay (K,), Q_tot (K, n, m), policies (K, N, A)."""
-        stage1, q_tot, logits, _ = self.values()
-        greedy, q_tot = greedy_action(stage1, self.mask), q_tot.unflatten(1, self.payoff.shape)
-        policy = masked_log_policy(logits / self.args.alpha, self.mask).exp()
-        return {"greedy": greedy, "pays": self.payoff[greedy.unbind(1)], "q_tot": q_tot, "policy": policy}
-
-
-def summarise(tested: dict, payoff: torch.Tensor, seeds: list[int], td_weight: float) -> tuple[dict, str]:
-    """What the seeds at one weight have learnt: all of it, and one seed of the most frequent outcome as Table 2."""
+def summarise(tested: dict, payoff: torch.Tensor, seeds: list[int], settings: dict) -> tuple[dict, str]:
+    """What the seeds at these settings have learnt: all of it, and as Table 2 one seed of the most frequent outcome."""
     learnt = {name: value.tolist() for name, value in tested.items()}
     learnt["policy"] = [[p[:size] for p, size in zip(both, payoff.shape, strict=True)] for both in learnt["policy"]]
     pays, wins, n, z = learnt["pays"], learnt["pays"].count(payoff.max()), len(seeds), 1.959964
     k = pays.index(max(pays, key=pays.count))  # the first of the seeds that earn what most seeds earn
     centre, half = wins + z * z / 2, z * math.sqrt(wins * (n - wins) / n + z * z / 4)  # Wilson's 95 % interval
     low, high = (centre - half) / (n + z * z), (centre + half) / (n + z * z)
-    result = {"td_weight": td_weight, "success_rate": wins / n, "successes": wins, "seeds": seeds}
+    result = {**settings, "success_rate": wins / n, "successes": wins, "seeds": seeds}
     result |= {"interval": [low, high], "representative": seeds[k], **learnt}
     names = [chr(ord("A") + u) if u < 26 else str(u) for u in range(max(payoff.shape))]  # of actions
     rows, columns = ([f"{names[u]} {p:.2f}" for u, p in enumerate(policy)] for policy in learnt["policy"][k])
     cells = [[row, *map("{:.2f}".format, q_tot)] for row, q_tot in zip(rows, learnt["q_tot"][k], strict=True)]
     width = max(8, *(len(cell) + 2 for line in [columns, *cells] for cell in line))
-    text = f"\n--- Q_tot of seed {seeds[k]}, td-weight {td_weight:g}, its policies on the margins ---\n"
+    title = "".join(f", {name.replace('_', '-')} {value:g}" for name, value in settings.items())
+    text = f"\n--- Q_tot of seed {seeds[k]}{title}, its policies on the margins ---\n"
     text += "".join("".join(cell.rjust(width) for cell in line) + "\n" for line in [["", *columns], *cells])
     greedy = ", ".join(names[u] for u in learnt["greedy"][k])
     text += f"greedy joint action ({greedy}) pays {pays[k]:.9g}, the most frequent outcome\n"
@@ -281,15 +230,12 @@ class InputError(ValueError):
 def write(path: Path, text: str) -> None:
     """Under a temporary name, then renamed, so that no file is ever left half written."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
-def prepare(args: Args) -> torch.Tensor:
-    """The payoff (n, m); InputError for whatever the user got wrong, before a file is made."""
+def prepare(args: Args) -> tuple[torch.Tensor, Path]:
+    """The payoff (n, m) and the run's folder; InputError for whatever the user got wrong, before a file is made."""
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (1, 2**31 - 1) if type(value) is int else (1e-9, 1e6))
         if type(value) in (int, float) and not low <= value <= high:
@@ -303,14 +249,7 @@ def prepare(args: Args) -> torch.Tensor:
     except (OSError, ValueError):
         payoff = torch.empty(0)
     if not payoff.numel() or not (payoff.abs() <= 1e6).all():
-        file = "a readable file of lines with equally many numbers up to 1e6, separated by commas"
-        raise InputError(f"--payoff {args.payoff} is neither one of {', '.join(GAMES)} nor {file}.")
-    return payoff
-
-
-def train(args: Args) -> dict:
-    """Run the experiment at args.td_weight and at weight 1 and return what summary.json holds."""
-    payoff = prepare(args)
+        raise InputError(f"--payoff {args.payoff} is none of {', '.join(GAMES)}, nor a CSV table of numbers up to 1e6.")
     name = f"{Path(args.payoff).stem}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.run_dir or f"runs/{name}")
     try:
@@ -318,45 +257,74 @@ def train(args: Args) -> dict:
         (run_dir / "config.json").touch(exist_ok=False)  # of two runs that start at once, one fails here
     except OSError as error:
         raise InputError(f"--run-dir {run_dir} already holds a run or files, or: {error.strerror}.") from None
+    return payoff, run_dir
+
+
+def train(args: Args) -> dict:
+    """All seeds, at args.td_weight and at weight 1, side by side as one batch; returns what summary.json holds."""
+    payoff, run_dir = prepare(args)
     about = {"algorithm": ALGORITHM, "args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
     write(run_dir / "config.json", json.dumps(about, indent=2))
     seeds, weights = list(range(args.seed, args.seed + args.num_seeds)), list(dict.fromkeys((args.td_weight, 1.0)))
-    learners = Seeds(payoff, args, seeds * len(weights), [w for w in weights for _ in seeds])  # weight by weight
-    writers = [SummaryWriter(str(run_dir / f"td_weight_{w:g}")) for w in weights]
-    start, table = time.monotonic(), []
-    rounds, every = range(0, args.total_timesteps, args.num_envs), 0.5 if sys.stderr.isatty() else 60  # seconds
-    for _ in tqdm(rounds, unit="step", unit_scale=args.num_envs, mininterval=every, miniters=1):
-        logs, step = learners.advance(), learners.step
+    td_weight = torch.tensor([w for w in weights for _ in seeds])  # (K,), weight by weight
+    models, generators = [], []  # for exploration and replay; they go on where initialisation stopped
+    for seed in seeds * len(weights):
+        torch.manual_seed(seed)
+        models.append(Networks(payoff, args))
+        generators.append(torch.Generator().set_state(torch.get_rng_state()))
+    parameters, _ = stack_module_state(models)  # (K, ...) each
+    networks = vmap(lambda parameters: functional_call(models[0], parameters, ()))
+    groups = [[p for name, p in parameters.items() if name.startswith("f.") == is_f] for is_f in (False, True)]
+    optimizer = torch.optim.Adam([{"params": g} for g in groups if g], args.learning_rate, fused=True)
+    mask = torch.arange(max(payoff.shape)) < torch.tensor(payoff.shape).unsqueeze(1)  # (N, A): who has which action
+    reward, best = payoff.flatten().to(td_weight), payoff.max()  # (J,), (): of each joint action, of an optimal one
+    replay = torch.zeros(len(models), args.buffer_size, dtype=torch.long)  # joint actions; they fix the reward
+    start, table, rounds = time.monotonic(), [], range(0, args.total_timesteps, args.num_envs)
+    for begin in tqdm(rounds, unit="step", unit_scale=args.num_envs, disable=None):  # None: a bar on terminals only
+        _, q_tot, logits, f_sum = networks(parameters)  # one pass for acting and learning
+        action = act(logits / args.alpha, mask, args.num_envs, generators)  # (K, E, N)
+        played = action[..., 0] * payoff.shape[1] + action[..., 1]  # (K, E)
+        step, losses = begin + args.num_envs, {}
+        replay[:, torch.arange(begin, step) % args.buffer_size] = played
+
+        if step >= args.batch_size:
+            size = min(step, args.buffer_size)
+            chosen = torch.stack([torch.randint(size, (args.batch_size,), generator=g) for g in generators])
+            joint = replay.gather(1, chosen)  # (K, B)
+            losses = compute_losses(q_tot, f_sum, joint, reward[joint], td_weight)
+            optimizer.zero_grad()
+            sum(losses.values()).sum().backward()
+            for group in optimizer.param_groups:
+                clip_grad_norm(group["params"], args.max_grad_norm)
+            optimizer.step()
+
         if step < args.total_timesteps and (step < args.batch_size or step % args.eval_interval >= args.num_envs):
             continue
-        tested, seconds = learners.test(), time.monotonic() - start
-        if not tested["q_tot"].isfinite().all():
+        with torch.no_grad():
+            stage1, q_tot, logits, _ = networks(parameters)
+        greedy, policy = greedy_action(stage1, mask), masked_log_policy(logits / args.alpha, mask).exp()
+        pays, q_tot, seconds = payoff[greedy.unbind(1)], q_tot.unflatten(1, payoff.shape), time.monotonic() - start
+        if not q_tot.isfinite().all():
             raise FloatingPointError(f"Q_tot is not finite at step {step}: lower --learning-rate.")
-        logs |= {"losses/q_tot": tested["q_tot"], "losses/entropy": torch.special.entr(tested["policy"]).sum((1, 2))}
-        logs |= {"eval/return_mean": tested["pays"], "eval/success_rate": tested["pays"] == payoff.max()}
-        for i, (weight, writer) in enumerate(zip(weights, writers, strict=True)):
+        logs = {"episodic_return": reward[played], **losses, "q_tot": q_tot}
+        logs |= {"entropy": torch.special.entr(policy).sum((1, 2)), "return_mean": pays, "success_rate": pays == best}
+        for i, weight in enumerate(weights):
             means = {name: value.chunk(len(weights))[i].double().mean().item() for name, value in logs.items()}
-            means["charts/SPS"] = round(step * args.num_seeds / seconds)
-            for name, mean in means.items():
-                writer.add_scalar(name, mean, step)
-            table.append({"step": step, "td_weight": weight, **{name.split("/")[1]: m for name, m in means.items()}})
+            table.append({"step": step, "td_weight": weight, **means, "SPS": round(step * len(seeds) / seconds)})
         lines = [table[0], *(line.values() for line in table)]
         write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-
+    tested = {"greedy": greedy, "pays": pays, "q_tot": q_tot, "policy": policy}
     blocks = [{name: value.chunk(len(weights))[i] for name, value in tested.items()} for i in range(len(weights))]
-    results, texts = zip(*(summarise(b, payoff, seeds, w) for b, w in zip(blocks, weights, strict=True)), strict=True)
-    summary = about | {"payoff": payoff.tolist(), **results[0], "weight_1": results[-1], "seconds": round(seconds, 1)}
+    pairs = [summarise(b, payoff, seeds, {"td_weight": w}) for b, w in zip(blocks, weights, strict=True)]
+    summary = about | {"payoff": payoff.tolist(), **pairs[0][0], "weight_1": pairs[-1][0], "seconds": round(seconds, 1)}
     write(run_dir / "summary.json", json.dumps(summary, indent=2))
-    for writer in writers:
-        writer.close()
     print(f"Soft-QMIX on {args.payoff}, alpha {args.alpha:g}, seeds {seeds[0]} to {seeds[-1]} -> {run_dir}")
-    print("".join(texts), f"Picture: python plot.py '{run_dir}'", sep="\n", flush=True)
+    print("".join(text for _, text in pairs), f"Picture: python plot.py '{run_dir}'", sep="\n", flush=True)
     return summary
 
 
 def main() -> int:
     """The command line. Exit codes: 2 for what the user can put right, 1 for other failures."""
-    threading.excepthook = lambda _: None  # TensorBoard's thread fails on a full disk: train() is told, too
     try:
         train(tyro.cli(Args, description=__doc__))
     except BrokenPipeError:  # nobody reads on; the files are written
@@ -368,4 +336,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # if closed by the caller
     sys.exit(main())
