@@ -412,13 +412,15 @@ def matrix_picture(run_dir: Path) -> Path:
     run = json.loads((run_dir / "summary.json").read_text())
     args, payoff = run["args"], np.array(run["payoff"])
     (n, m), panels = payoff.shape, [("payoff\n", payoff, [])]
-    for result in (run, run["weight_1"])[: 1 if args["td_weight"] == 1 else 2]:
+    for result in [run] if args.get("td_weight", 1) == 1 else [run, run["weight_1"]]:  # FOP has no such weight
         k, won = result["seeds"].index(result["representative"]), f"{result['successes']} of {len(result['seeds'])}"
-        title = f"Q_tot of seed {result['representative']}, td-weight {result['td_weight']:g}"
+        setting = next(name for name in ("td_weight", "alpha") if name in result)
+        title = f"Q_tot of seed {result['representative']}, {setting.replace('_', '-')} {result[setting]:g}"
         panels.append((f"{title}\n({won} seeds find an optimum)", np.array(result["q_tot"][k]), result["policy"][k]))
     names = [chr(ord("A") + u) if u < 26 else str(u) for u in range(max(n, m))]  # of actions
     figure = plt.Figure(figsize=(2 + 4 * len(panels), 7.5), layout="constrained")
-    name, alpha = ("Soft-QMIX", f", alpha {args['alpha']:g}") if "alpha" in args else ("QMIX", "")
+    name = "FOP" if "td_weight" not in args else "Soft-QMIX" if "alpha" in args else "QMIX"
+    alpha = f", alpha {args['alpha']:g}" if args.get("alpha") else ""  # FOP's own falls
     title = f"{name} on {args['payoff']}{alpha}, seeds {run['seeds'][0]} to {run['seeds'][-1]}"
     figure.suptitle(title, fontsize="x-large", weight="bold")
     grid, size = figure.subplots(2, len(panels), height_ratios=[3, 1]), min(14, 45 / m, 200 / n)  # size of letters

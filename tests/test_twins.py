@@ -118,6 +118,19 @@ def test_mappo_shares_what_means_the_same():
     }
 
 
+def test_fop_shares_what_means_the_same_on_matrix_games():
+    """With Soft-QMIX all but the learning and the check of its burn-in, and with QMIX the schedule of epsilon."""
+    fop, soft, plain = (definitions(f"{name}_matrix.py") for name in ("fop", "softqmix", "qmix"))
+    different = {name for name in fop.keys() & soft.keys() if fop[name] != soft[name]}
+    assert different == {"Args", "Networks", "compute_losses", "prepare", "train"}
+    assert fop.keys() - soft.keys() == {"Critic", "epsilon_at", "alpha_at", "acting_policy"}
+    assert fop["epsilon_at"] == plain["epsilon_at"]
+    lines = (set(source["prepare"].splitlines()) for source in (fop, soft))
+    assert {re.sub(r"burn.in", "batch_size", line) for line in next(lines)} == {
+        line.replace("batch-size", "batch_size") for line in next(lines)
+    }
+
+
 @pytest.mark.parametrize(("plain", "soft"), PAIRS)
 def test_what_stands_between_definitions_is_the_same(plain, soft):
     """Imports and constants, but for what Soft-QMIX's default of alpha and QMIX's epsilon need."""
