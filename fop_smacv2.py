@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "numpy>=2,<3", "tyro>=0.9,<2", "numba>=0.61", "tensorboard>=2.18", "tqdm>=4.66",
-#   "filelock>=3.12"]
+#   "filelock>=3.12", "pillow>=10.1"]
 # ///
 """FOP on SMACv2 (Zhang et al. 2021, ICML), one file, top to bottom: maximum entropy by actor and critic.
 
@@ -56,6 +56,7 @@ from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from envs.smacv2_render import Film
 from envs.smacv2_sim import SMACv2Sim
 from envs.starcraft2 import StarCraft2, check_env, is_installed
 
@@ -76,6 +77,7 @@ class Args:
     run_dir: str | None = None  # folder of this run; default runs/{map}__{exp_name}__{backend}__{seed}__{time}
     resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
+    capture_video: bool = False  # film battles of the last test, on the simulator
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
     total_timesteps: int = 10_050_000  # environment steps of all environments (section 5.3; Table 10 misprints a tenth)
     num_envs: int = 4  # battles stepped as one batch; in FOP one, which learns the same from each
@@ -103,7 +105,7 @@ class Args:
 
 RANGES = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "td_lambda": (0, 1), "tau": (1e-9, 1)}
 RANGES |= {"epsilon_start": (0, 1), "epsilon_finish": (0, 1)}
-MAY_CHANGE = {"total_timesteps", "eval_interval", "checkpoint_interval", "cuda"}  # in a resumed run
+MAY_CHANGE = {"total_timesteps", "eval_interval", "checkpoint_interval", "cuda", "capture_video"}  # in a resumed run
 MAY_CHANGE |= {"run_dir", "resume", "evaluate", "check_env", "track", "wandb_project_name", "wandb_entity"}
 SIZES = ("obs_size", "num_agents", "num_actions")  # of the agent network
 
@@ -112,8 +114,7 @@ def make_env(args: Args, num_envs: int, seed: int) -> SMACv2Sim | StarCraft2:
     """Battles as one batch, behind the interface that envs/__init__.py states; ValueError for a wrong option."""
     if args.backend == "auto":
         args.backend = "starcraft2" if is_installed(args.map) else "sim"
-    game = {"sim": SMACv2Sim, "starcraft2": StarCraft2}[args.backend]
-    return game(args.map, num_envs, seed, **args.env_options)
+    return {"sim": SMACv2Sim, "starcraft2": StarCraft2}[args.backend](args.map, num_envs, seed, **args.env_options)
 
 
 # --- Networks (FOP; Table 10) -----------------------------------------------------------------------------------------
@@ -213,14 +214,12 @@ def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def epsilon_at(step: int, args: Args) -> float:
     """Probability of a random action, annealed linearly from epsilon_start to epsilon_finish (Table 10)."""
-    progress = min(1.0, step / args.epsilon_anneal_time)
-    return args.epsilon_start + progress * (args.epsilon_finish - args.epsilon_start)
+    return float(np.interp(step, [0, args.epsilon_anneal_time], [args.epsilon_start, args.epsilon_finish]))
 
 
 def alpha_at(step: int, args: Args) -> float:
     """Temperature of policy and soft values, annealed linearly from alpha_start to alpha_finish (FOP)."""
-    progress = min(1.0, step / args.alpha_anneal_time)
-    return args.alpha_start + progress * (args.alpha_finish - args.alpha_start)
+    return float(np.interp(step, [0, args.alpha_anneal_time], [args.alpha_start, args.alpha_finish]))
 
 
 def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -241,13 +240,13 @@ def soft_value(q: torch.Tensor, mask: torch.Tensor, alpha: float) -> torch.Tenso
 
 @torch.no_grad()
 def act(networks: Networks, row: dict[str, torch.Tensor], hidden: torch.Tensor, epsilon: float):
-    """Each agent by itself: with probability epsilon any available action, else one that the policy draws. Action
-    (E, N), hidden (E, N, H)."""
+    """With probability epsilon any available action, else one that the policy draws, independently for each environment
+    and agent: actions (E, N), hidden (E, N, H)."""
     logits, hidden = networks.actor(row["obs"], row["last_action"], hidden)  # (E, N, A)
     random_action = torch.rand_like(logits).masked_fill(~row["mask"], -1).argmax(-1)
     explore = torch.rand_like(logits[..., 0]) < epsilon
     own_action = sample_action(masked_log_policy(logits, row["mask"]), row["mask"])
-    return torch.where(explore, random_action, own_action), hidden
+    return torch.where(explore, random_action, own_action).cpu().numpy(), hidden
 
 
 # --- Learning: an episode of L steps is L + 1 rows, what agents know at time t = 0..L and what led there --------------
@@ -275,10 +274,8 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
 
 def td_lambda_targets(reward, terminated, next_q, next_log_policy, sizes, gamma, td_lambda, alpha) -> torch.Tensor:
     """Soft TD(lambda) targets y_t, appendix D's reverse view with the sampled u' (a soft Peng's Q(lambda)):
-
-    y_t = r_t + gamma [Qbar_tot(s_{t+1}, u') - alpha log pi(u' | s_{t+1}) + lambda (y_{t+1} - Qbar_tot(s_{t+1}, u'))]
-    y_L = Qbar_tot(s_L, u')
-
+      y_t = r_t + gamma [Qbar_tot(s_{t+1}, u') - alpha log pi(u' | s_{t+1}) + lambda (y_{t+1} - Qbar_tot(s_{t+1}, u'))]
+      y_L = Qbar_tot(s_L, u')
     Columns are (R,), sizes[t] rows of each t < L; log pi is summed over agents. Nothing follows a terminated step."""
     y = reward + gamma * (next_q - alpha * next_log_policy).masked_fill(terminated, 0)
     following = y[:0]  # y_{t+1} of the episodes that have one: the longest, which come first
@@ -409,7 +406,7 @@ def prepare(args: Args) -> tuple:
         raise InputError("--run-dir, --resume and --evaluate exclude each other: give one of them.")
     source = args.resume or args.evaluate
     saved = load(source, "checkpoint" if args.resume else "policy") if source else None
-    for name in vars(args).keys() - MAY_CHANGE if args.resume else ():
+    for name in sorted(vars(args).keys() - MAY_CHANGE) if args.resume else ():
         if (ours := getattr(args, name)) != (theirs := saved["args"][name]):
             raise InputError(f"{name} is {ours}, but was {theirs} in {args.resume}: leave the option out.")
     if args.resume and saved["step"] >= args.total_timesteps:
@@ -420,6 +417,7 @@ def prepare(args: Args) -> tuple:
         env = make_env(args, args.num_envs, args.seed)
         most = 64 if args.backend == "sim" else args.num_envs  # each of StarCraft II's is a game of its own
         eval_env = make_env(args, max(n for n in range(1, most + 1) if args.eval_episodes % n == 0), args.seed)
+        eval_env = Film(eval_env, battles=3) if args.capture_video else eval_env
         if saved and any(saved[name] != getattr(env, name) for name in SIZES):
             raise InputError(f"{source} was trained in an environment of other sizes than {env.name}'s.")
         if args.resume:
@@ -432,7 +430,6 @@ def prepare(args: Args) -> tuple:
 
 def train(args: Args, stop: threading.Event | None = None) -> dict:
     """Run the experiment, or the rest of it with args.resume, and return what summary.json holds.
-
     Once `stop` is set, it saves a checkpoint and raises KeyboardInterrupt. Raises InputError for impossible settings,
     OSError if a file cannot be written or a game is lost for good, FloatingPointError if a loss is not finite."""
     env, eval_env, device, saved = prepare(args)
@@ -475,7 +472,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     writer.add_text("config", f"{env.title}\n```\n{json.dumps(about, indent=2)}\n```")
     print(f"{env.title}\n{env.name}, seed {args.seed}, {device} -> {run_dir}", flush=True)
     every = 0.5 if sys.stderr.isatty() else 60  # seconds
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", unit_scale=True, mininterval=every)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", unit_scale=True, miniters=1, mininterval=every)
     start, failure = time.monotonic() - seconds, None
     while True:
         # Test, and save for --resume and --evaluate: at intervals and at the end
@@ -488,37 +485,31 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 metrics.append({"step": step, "episodes": episodes, "updates": updates} | result | times)
                 lines = [metrics[0], *(line.values() for line in metrics)]
                 write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-                charts = {
-                    "SPS": times["sps"],
-                    "epsilon": epsilon_at(step, args),
-                    "alpha": alpha_at(step, args),
-                    "env_restarts": env.restarts + eval_env.restarts,
-                }
+                charts = {"SPS": times["sps"], "epsilon": epsilon_at(step, args), "alpha": alpha_at(step, args)}
+                charts["env_restarts"] = env.restarts + eval_env.restarts
                 for name, value in (charts | result).items():
                     writer.add_scalar(f"{'charts' if name in charts else 'eval'}/{name}", value, step)
-                bar.set_postfix({"return": f"{result['return_mean']:.1f}", "win rate": f"{result['win_rate']:.2f}"})
+                bar.set_postfix_str(f"return {result['return_mean']:.1f}, wins {result['win_rate']:.2f}", refresh=False)
             except ConnectionError as error:  # StarCraft II failed for good
                 failure = error
         ends = done or failure or (stop and stop.is_set())
         if ends or step // args.checkpoint_interval > (step - E) // args.checkpoint_interval:
-            seconds = time.monotonic() - start
             write(run_dir / "checkpoint.pt", {
                 "kind": f"{ALGORITHM} checkpoint 2", **about, "step": step, "rng": torch.get_rng_state(),
-                "loop": [step, episodes, updates, seconds, metrics, row, played, hidden],
+                "loop": [step, episodes, updates, time.monotonic() - start, metrics, row, played, hidden],
                 "networks": networks.state_dict(), "optimizer": optimizer.state_dict(),
                 "env": {name: torch.from_numpy(value) for name, value in env.get_state().items()},
                 "lengths": [len(episode["reward"]) for episode in replay],
                 "replay": {name: torch.cat([episode[name] for episode in replay]) for name in (row if replay else ())},
             })  # fmt: skip
             agent = {name: value.cpu() for name, value in networks.actor.state_dict().items()}
-            write(run_dir / "policy.pt", {"kind": f"{ALGORITHM} policy 2", **about, "agent": agent})
+            write(run_dir / "policy.pt", {"kind": f"{ALGORITHM} policy 2", **about, "step": step, "agent": agent})
         if ends:
             break
 
         # Act in all environments
         inputs = {name: column.to(device) for name, column in row.items()}
         action, hidden = act(networks, inputs, hidden.to(device), epsilon_at(step, args))
-        action = action.cpu().numpy()
         try:
             obs, reward, terminated, truncated, info = env.step(action)
         except ConnectionError as error:  # a resumed run begins new battles
@@ -553,12 +544,16 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         if updates == 0:
             bar.set_postfix_str(f"{args.burn_in} battles until the first update: {len(replay)}", refresh=False)
 
-    for end in (bar.close, writer.close, env.close, eval_env.close, lock.release):
+    bar.close()
+    if done and not failure:
+        summary = {**about, "env_steps": step, **metrics[-1], "eval": {"episodes": args.eval_episodes, **result}}
+        write(run_dir / "summary.json", json.dumps(summary, indent=2))
+        if args.capture_video:
+            eval_env.save_film(run_dir, step)
+    for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if failure or not done:
         raise failure or KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
-    summary = {**about, "env_steps": step, **metrics[-1], "eval": {"episodes": args.eval_episodes, **result}}
-    write(run_dir / "summary.json", json.dumps(summary, indent=2))
     print(f"{step:,} steps: test win rate {result['win_rate']:.2f}, return {result['return_mean']:.2f} -> {run_dir}")
     if updates == 0:
         print(f"Nothing was learnt: the first update waits for {args.burn_in} battles, and {episodes} were played.")
@@ -571,6 +566,8 @@ def evaluate_policy(args: Args) -> None:
     agent, n = Agent(*(policy[name] for name in SIZES)).to(device), args.eval_episodes
     agent.load_state_dict(policy["agent"])
     result = evaluate(agent, env, n, [args.seed, 2**40], device)
+    if args.capture_video:
+        env.save_film(args.evaluate, policy["step"])
     env.close()
     p, z = result["win_rate"], 1.959964  # Wilson's 95 % interval of a proportion
     centre, half = (n * p + z * z / 2) / (n + z * z), z * math.sqrt(n * p * (1 - p) + z * z / 4) / (n + z * z)
@@ -614,13 +611,14 @@ def main() -> int:
         if isinstance(error, RuntimeError) and not memory:
             raise
         advice = "out of memory; lower --num-envs, --batch-size or --buffer-size: " if memory else ""
-        print(f"error: {advice}{error}", file=sys.stderr)
+        tqdm.write(f"error: {advice}{error}", file=sys.stderr)  # not within the bar
         return 2 if isinstance(error, InputError) else 1
     return 0
 
 
 if __name__ == "__main__":
     for fd, name in ((1, "stdout"), (2, "stderr")):
+        fd = fd if getattr(sys, name) else os.open(os.devnull, os.O_WRONLY)  # closed, as by >&- in a shell
         buffer = io.BufferedWriter(Unbroken(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, errors="backslashreplace", line_buffering=True))
     sys.exit(main())

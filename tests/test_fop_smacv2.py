@@ -20,6 +20,7 @@ from common import (
     walk_agent,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_readme import python_example
 
 import fop_smacv2 as script
 import qmix_smacv2
@@ -227,15 +228,20 @@ class Table(torch.nn.Module):
         return self.logits, None
 
 
-def test_the_policy_loss_is_least_for_the_softmax_of_the_smaller_values():
+def test_the_policy_loss_is_least_for_the_softmax_of_the_smaller_values(monkeypatch):
+    monkeypatch.setattr(script, "td_lambda_targets", lambda reward, *_: reward)  # nothing that depends on the policy
     networks, args = make_networks(), make_args()
     batch, _ = make_batch(script, random_episodes([2, 3]), torch.float64)
     networks.actor = Table(batch.mask)
-    optimizer = torch.optim.Adam(networks.actor.parameters(), lr=0.1)
-    for _ in range(300):
+    optimizer = torch.optim.LBFGS(networks.actor.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
         optimizer.zero_grad()
-        script.compute_losses(networks, batch, ALPHA, args)[0].backward()
-        optimizer.step()
+        value = script.compute_losses(networks, batch, ALPHA, args)[0]
+        value.backward()
+        return value
+
+    optimizer.step(loss)
     now = batch.now
     (q1, _), (q2, _) = (
         critic(batch.obs[now], batch.state[now], batch.mask[now], batch.last_action[2:], ALPHA)
@@ -384,6 +390,7 @@ def test_acting_draws_from_the_policy_or_with_one_coin_from_all_available_action
     logits, expected = networks.actor(view["obs"], view["last_action"], hidden)
     many = {name: value.expand(E, *value.shape[1:]) for name, value in view.items()}
     action, after = script.act(networks, many, hidden.expand(E, 3, 64), epsilon)
+    action = torch.from_numpy(action)
     torch.testing.assert_close(after, expected.expand(E, 3, 64))
     policy = torch.softmax(logits[0].masked_fill(~mask, -math.inf), -1)
     policy = (1 - epsilon) * policy + epsilon * mask / mask.sum(-1, keepdim=True)
@@ -437,8 +444,10 @@ def test_networks_have_the_sizes_of_table_10():
     }  # fmt: skip
 
 
-def test_nothing_is_computed_on_another_device():
+def test_nothing_is_computed_on_another_device(monkeypatch):
     """Acting and updates on the meta device, which as a GPU does refuses to compute with a CPU's tensors."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)  # of the actions, which alone leave the device
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)
     device, args = torch.device("meta"), make_args(tau=0.5)
     networks = script.Networks(SIZES, args).to(device)
     batch, _ = make_batch(script, random_episodes([4, 7]), device=device)
@@ -634,3 +643,19 @@ def test_options_and_defaults():
         if field.name in shared and field.name not in own:
             assert (field.type, field.default) == shared[field.name]
     assert shared.keys() - options.keys() == {"mixer", "td_weight"}
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_agents_learn_to_agree(seed, tmp_path, monkeypatch):
+    """The example of docs/your_environment.md. Measured with six seeds: none right in all ten steps of all 128 test
+    episodes after 100 steps but one seed, five after 200, all after 300 to 600; untrained agents win none."""
+    example = {}
+    code = python_example("docs/your_environment.md").partition("script.make_env")[0]
+    exec(code, example)
+    monkeypatch.setattr(script, "make_env", lambda args, num_envs, seed: example["Agree"](num_envs, seed))
+    options = dict(alpha_start=0.1, alpha_finish=0.1, learning_rate=1e-3, epsilon_anneal_time=1500, burn_in=32)
+    options |= dict(episodes_per_update=2, target_update_interval=50, eval_interval=1000, eval_episodes=128)
+    result = script.train(script.Args(**options, seed=seed, total_timesteps=400, run_dir=str(tmp_path)))
+    assert result["win_rate"] > 0.95
+    assert read_metrics(tmp_path)[0]["win_rate"] == "0.0"

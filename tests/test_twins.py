@@ -131,6 +131,30 @@ def test_fop_shares_what_means_the_same_on_matrix_games():
     }
 
 
+def test_fop_shares_what_means_the_same():
+    """And is, in the order of qmix_smacv2.py, that script but for the method."""
+    ours, theirs, soft = (definitions(f"{name}_smacv2.py") for name in ("qmix", "fop", "softqmix"))
+    assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} == {
+        "Args", "Mixer", "Critic", "Networks", "epsilon_at", "act", "td_lambda_targets", "compute_losses", "update",
+        "prepare", "train",
+    }  # fmt: skip
+    assert ours.keys() - theirs.keys() == {"hypernetwork", "epsilon_greedy"}
+    assert theirs.keys() - ours.keys() == {"alpha_at", "masked_log_policy", "sample_action", "soft_value"}
+    for name in ("masked_log_policy", "sample_action", "td_lambda_targets"):
+        assert theirs[name] == soft[name]
+    kept = [name for name in ours if name in theirs]
+    assert kept == [name for name in theirs if name in ours]
+    for name, words in {
+        "prepare": r"burn_in|burn-in|sizes|batch_size|change one",
+        "train": r"alpha|epsilon|RMSprop|Adam|actor|critic\.agent|burn_in|batch_size|sample_batch",
+        "update": r"alpha|RMSprop|Adam|compute_losses",
+    }.items():
+        changed = [
+            line for line in difflib.ndiff(ours[name].splitlines(), theirs[name].splitlines()) if line[0] in "+-"
+        ]
+        assert [line for line in changed if not re.search(words, line)] == []
+
+
 @pytest.mark.parametrize(("plain", "soft"), PAIRS)
 def test_what_stands_between_definitions_is_the_same(plain, soft):
     """Imports and constants, but for what Soft-QMIX's default of alpha and QMIX's epsilon need."""
