@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+import fop_smacv2
 import qmix_mpe
 import qmix_smacv2
 import softqmix_mpe
 import softqmix_smacv2
 
 SMACV2, MPE = (softqmix_smacv2, qmix_smacv2), (softqmix_mpe, qmix_mpe)
+FOP = (fop_smacv2,)  # whose mathematics has tests of its own
 SOFT, PLAIN = (softqmix_smacv2, softqmix_mpe), (qmix_smacv2, qmix_mpe)
 CPU = torch.device("cpu")
 SIZES = SimpleNamespace(num_agents=3, num_actions=5, obs_size=4, state_size=6)  # all that networks know of a game
@@ -250,7 +252,8 @@ def evaluate(script, agent, env, episodes: int, seed: int = 7) -> dict:
 
 def small_args(script, run_dir, **changes):
     """A run of a second or two."""
-    settings = dict(map="terran_3_vs_2", backend="sim") if script in SMACV2 else dict(level="medium")
+    settings = dict(level="medium") if script in MPE else dict(map="terran_3_vs_2", backend="sim")
+    settings |= dict(burn_in=8) if script in FOP else {}
     settings |= dict(total_timesteps=1200, batch_size=8, buffer_size=24, eval_interval=400, eval_episodes=4)
     settings |= dict(target_update_interval=8, checkpoint_interval=10**6, run_dir=str(run_dir))
     return script.Args(**(settings | changes))

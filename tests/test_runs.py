@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from common import (
+    FOP,
     MPE,
     ROOT,
     SMACV2,
@@ -57,7 +58,8 @@ def run(finished, tmp_path):
 
 def tiny(script, **changes) -> list:
     """Options of a run that is over at once."""
-    options = dict(map="terran_3_vs_2", backend="sim") if script in SMACV2 else dict(level="simple")
+    options = dict(level="simple") if script in MPE else dict(map="terran_3_vs_2", backend="sim")
+    options |= dict(burn_in=2) if script in FOP else {}
     options |= dict(total_timesteps=400, batch_size=2, buffer_size=8, eval_interval=200, eval_episodes=2) | changes
     return [text for name, value in options.items() for text in ("--" + name.replace("_", "-"), str(value))]
 
@@ -100,7 +102,7 @@ def test_a_signal_saves_a_checkpoint_and_the_printed_cure_can_be_pasted(script, 
     assert checkpoint_of(folder).counts[0] == 400
 
 
-@over(SCRIPTS)
+@over(SCRIPTS + FOP)
 def test_the_printed_cure_quotes_the_scripts_own_folder(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "evaluate", at_test(script, 2, lambda: stop.append(True)))
     monkeypatch.setattr(sys, "argv", [f"my scripts/{script.__name__}.py"])
@@ -174,7 +176,7 @@ def test_the_bar_writes_a_line_a_minute_to_a_file(script, tmp_path, monkeypatch,
     assert 3 <= lines <= 2 + 120 // 4 * 5 * 2 / 60  # the first, the last, and one a minute
 
 
-@over(SCRIPTS)
+@over(SCRIPTS + FOP)
 def test_an_error_has_a_line_of_its_own(script, tmp_path, monkeypatch, capsys):
     """Beside the bar, which is drawn without an end of line."""
     monkeypatch.setattr(script, "update", lambda *_: {"td": math.nan})
@@ -314,7 +316,7 @@ def test_a_run_has_one_folder(finished, others, capsys):
     assert "exclude each other" in one_sentence(run_main(script, capsys, *options, "--total-timesteps", 2 * STEPS))
 
 
-@over(SCRIPTS)
+@over(SCRIPTS + FOP)
 @pytest.mark.parametrize("option", ["--resume", "--evaluate", "--run-dir"])
 def test_an_empty_path_starts_nothing(script, option, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -473,7 +475,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(run, 
 # --- Options ---
 
 
-@over(SCRIPTS)
+@over(SCRIPTS + FOP)
 @pytest.mark.parametrize("option", ["--alpha 1e-50", "--learning-rate 1e-50", "--max-grad-norm 0", "--tau 0"])
 def test_numbers_out_of_range_are_refused_by_their_own_name(script, option, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -522,7 +524,7 @@ def test_a_run_too_short_to_learn_says_so(script, tmp_path, monkeypatch, capsys)
     assert 0 < len(shown) < 400 // 4
 
 
-@over(SCRIPTS)
+@over(SCRIPTS + FOP)
 def test_a_script_without_its_environments_says_which_folder_it_needs(script, tmp_path):
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
     run = subprocess.run([sys.executable, tmp_path / f"{script.__name__}.py"], capture_output=True, text=True)
