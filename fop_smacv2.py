@@ -14,7 +14,7 @@ Soft actor-critic for a team whose joint policy is the product of its agents' po
 which follows softmax(q_i / alpha) of the agent's own critic q_i. A mixer adds the q_i up to Q_jt, correcting each by
 its advantage over the soft value v_i with a weight of the global state and all actions, and Q_jt learns from the team's
 reward. A baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930): `diff qmix_smacv2.py fop_smacv2.py` is
-the method. Alpha is large for 90,000 steps, in which play is nearly uniform: expect nothing before 100,000.
+the method. Alpha is large for 90,000 steps, in which play is nearly uniform: only greedy tests show what is learnt.
 
 "FOP" is the first paper; table, algorithm and appendix numbers are the second's. In shape comments: B episodes of a
 batch, N agents, A actions, E environments, S state, O observation, H hidden state, K heads of a mixer; M rows of a
