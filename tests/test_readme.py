@@ -126,7 +126,7 @@ def test_links_and_files_exist(document):
     text, folder = DOCUMENTS[document], (ROOT / document).parent
     for file, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
         assert (folder / file).exists(), file
-        if anchor:
+        if anchor and not file.endswith(".py"):  # lines of code are test_docs.py's
             assert anchor in anchors((folder / file).read_text() if file else text), f"{file}#{anchor}"
     names = set(re.findall(r"`((?:tests/|docs/|benchmarks/|results/|envs/)?\w+\.(?:py|md|txt))`", text))
     for name in names - {"agree.py"}:  # the reader's own
