@@ -11,6 +11,7 @@ from common import MPE, SMACV2, config_of, one_sentence, over, read_metrics, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import hasac_smacv2
 import mappo_smacv2
 import plot
 from envs.film import save_film
@@ -31,7 +32,7 @@ def options(script, **changes) -> list:
 # --- Films ---
 
 
-@over([*SMACV2, mappo_smacv2])
+@over([*SMACV2, mappo_smacv2, hasac_smacv2])
 def test_the_last_test_is_filmed_and_changes_nothing(script, tmp_path, monkeypatch, capsys):
     size = 512 if script is SMACV2[0] else 128  # pictures as users get them once, and small ones elsewhere
     monkeypatch.setattr(Film, "frames", functools.partialmethod(Film.frames, size=size))
@@ -69,7 +70,7 @@ def test_a_film_has_the_first_battles_since_the_reset():
 
 def test_what_cannot_be_filmed_is_refused_before_a_file_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for script in (*SMACV2, mappo_smacv2):
+    for script in (*SMACV2, mappo_smacv2, hasac_smacv2):
         monkeypatch.setattr(script, "make_env", lambda args, *_: StarCraft2.__new__(StarCraft2))
         sentence = one_sentence(run_main(script, capsys, *options(script, backend="starcraft2"), "--capture-video"))
         assert "replay_folder" in sentence

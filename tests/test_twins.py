@@ -155,6 +155,18 @@ def test_fop_shares_what_means_the_same():
         assert [line for line in changed if not re.search(words, line)] == []
 
 
+def test_hasac_shares_what_means_the_same():
+    ours = definitions("hasac_smacv2.py")
+    for file, names in (
+        ("qmix_smacv2.py", {"move_target"}),
+        ("mappo_smacv2.py", {"has_choice", "masked_log_policy"}),
+    ):
+        theirs = definitions(file)
+        assert {name for name in ours.keys() & theirs.keys() if ours[name] == theirs[name]} == names | {
+            "InputError", "Unbroken", "evaluate", "evaluate_policy", "greedy_action", "load", "make_env", "write",
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize(("plain", "soft"), PAIRS)
 def test_what_stands_between_definitions_is_the_same(plain, soft):
     """Imports and constants, but for what Soft-QMIX's default of alpha and QMIX's epsilon need."""
