@@ -6,7 +6,7 @@
 """HASAC on SMACv2 (Liu et al. 2024, arXiv 2306.10715), one file, top to bottom: off-policy, beside softqmix_smacv2.py.
 
     python hasac_smacv2.py --map protoss_5_vs_5                                       # the paper's run, 10M steps
-    python hasac_smacv2.py --map terran_5_vs_5 --total-timesteps 200000               # watch it learn, an hour
+    python hasac_smacv2.py --map terran_5_vs_5 --total-timesteps 200000               # watch it learn, an hour or two
     python hasac_smacv2.py --resume runs/NAME                                         # go on after Ctrl-C or a crash
     python hasac_smacv2.py --evaluate runs/NAME/policy.pt --eval-episodes 1000        # test what was learnt
 
