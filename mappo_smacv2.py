@@ -92,7 +92,7 @@ class Args:
     death_masking: bool = True  # the critic sees of an agent without a choice, a dead one, nothing but its id (Yu)
     input_norm: bool = True  # LayerNorm on the inputs of both networks
     eval_interval: int = 10_000  # environment steps between evaluations
-    eval_episodes: int = 32  # greedy battles in an evaluation, side by side in the largest divisor up to 64: no prime
+    eval_episodes: int = 32  # greedy battles in an evaluation; its largest divisor up to 64 are played at a time
     checkpoint_interval: int = 500_000  # environment steps between checkpoints; there is one at the end and on Ctrl-C
 
 
@@ -491,7 +491,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     while True:
         # Test, and save for --resume and --evaluate: at intervals and at the end
         done, tested = step >= args.total_timesteps, metrics and metrics[-1]["step"] == step
-        if not tested and (done or step // args.eval_interval > (step - E) // args.eval_interval):
+        if not tested and (done or step // args.eval_interval > (step - E) // args.eval_interval):  # at step 0, too
             try:
                 result = evaluate(networks.actor, eval_env, args.eval_episodes, [args.seed, step], device)
                 seconds = time.monotonic() - start

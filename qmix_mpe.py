@@ -437,7 +437,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     while True:
         # Test, and save for --resume and --evaluate: at intervals and at the end
         done, tested = step >= args.total_timesteps, metrics and metrics[-1]["step"] == step
-        if not tested and (done or step // args.eval_interval > (step - E) // args.eval_interval):
+        if not tested and (done or step // args.eval_interval > (step - E) // args.eval_interval):  # at step 0, too
             result = evaluate(networks.critic.agent, eval_env, args.eval_episodes, device)
             seconds = time.monotonic() - start
             times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
@@ -478,7 +478,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         for e in np.flatnonzero(terminated | truncated):
             last = make_row(info["final_obs"], info["final_info"], action, reward, terminated)
             played[e].append([column[e] for column in last.values()])
-            replay.append({name: torch.stack(rows) for name, *rows in zip(row, *played[e], strict=True)})
+            replay.append({name: torch.stack(rows) for name, *rows in zip(row, *played[e], strict=True)})  # columns
             episodes += 1
             writer.add_scalar("charts/episodic_return", replay[-1]["reward"].sum(), step)
             if len(replay) >= args.batch_size and episodes % args.episodes_per_update == 0:
@@ -493,7 +493,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         for e in np.flatnonzero(terminated | truncated | info.get("invalid", False)):  # invalid: lost with its game
             played[e], hidden[e] = [], 0
             row["last_action"][e], row["reward"][e], row["terminated"][e] = -1, 0, False
-        if updates == 0:
+        if updates < 2:
             bar.set_postfix_str(f"{args.batch_size} episodes until the first update: {len(replay)}", refresh=False)
 
     bar.close()

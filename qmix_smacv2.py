@@ -93,7 +93,7 @@ class Args:
     epsilon_finish: float = 0.05  # probability of a random action after the annealing (Table 8)
     epsilon_anneal_time: int = 100_000  # environment steps over which epsilon falls linearly (Table 8)
     eval_interval: int = 10_000  # environment steps between evaluations
-    eval_episodes: int = 32  # greedy battles in an evaluation, side by side in the largest divisor up to 64: no prime
+    eval_episodes: int = 32  # greedy battles in an evaluation; its largest divisor up to 64 are played at a time
     checkpoint_interval: int = 500_000  # environment steps between checkpoints; there is one at the end and on Ctrl-C
 
 
@@ -434,7 +434,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     while True:
         # Test, and save for --resume and --evaluate: at intervals and at the end
         done, tested = step >= args.total_timesteps, metrics and metrics[-1]["step"] == step
-        if not tested and (done or step // args.eval_interval > (step - E) // args.eval_interval):
+        if not tested and (done or step // args.eval_interval > (step - E) // args.eval_interval):  # at step 0, too
             try:
                 result = evaluate(networks.critic.agent, eval_env, args.eval_episodes, [args.seed, step], device)
                 seconds = time.monotonic() - start
@@ -482,7 +482,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         for e in np.flatnonzero(terminated | truncated):
             last = make_row(info["final_obs"], info["final_info"], action, reward, terminated)
             played[e].append([column[e] for column in last.values()])
-            replay.append({name: torch.stack(rows) for name, *rows in zip(row, *played[e], strict=True)})
+            replay.append({name: torch.stack(rows) for name, *rows in zip(row, *played[e], strict=True)})  # columns
             episodes += 1
             writer.add_scalar("charts/episodic_return", replay[-1]["reward"].sum(), step)
             if len(replay) >= args.batch_size and episodes % args.episodes_per_update == 0:
@@ -497,7 +497,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         for e in np.flatnonzero(terminated | truncated | info.get("invalid", False)):  # invalid: lost with its game
             played[e], hidden[e] = [], 0
             row["last_action"][e], row["reward"][e], row["terminated"][e] = -1, 0, False
-        if updates == 0:
+        if updates < 2:
             bar.set_postfix_str(f"{args.batch_size} battles until the first update: {len(replay)}", refresh=False)
 
     bar.close()

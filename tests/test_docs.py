@@ -89,7 +89,7 @@ def test_no_line_is_linked_in_another_form(name):
 
 
 def test_a_page_for_each_algorithm_points_into_its_scripts():
-    for name in ("qmix", "softqmix", "mappo"):
+    for name in ("qmix", "softqmix", "mappo", "fop", "hasac"):
         files = {reference["file"] for reference in REFERENCE.finditer(DOCUMENTS[f"{name}.md"].read_text())}
         assert {path.name for path in ROOT.glob(f"{name}_*.py")} <= files, name
     assert len(REFERENCE.findall(DOCUMENTS["paper_to_code.md"].read_text())) >= 30
