@@ -1,0 +1,218 @@
+"""What did it learn? Plays one greedy test episode of a trained run and writes down what its networks say at each step.
+
+    python explain.py runs/NAME                          # battle.csv and battle.png in the run's folder
+    python explain.py runs/NAME --seed 7 --out pictures  # another battle, another folder
+
+Of a QMIX or Soft-QMIX run on SMACv2 or in MPE, of the networks in its checkpoint.pt. battle.csv has a row per step and
+agent: the action, as number and name; stage1, its value by the agent network; q_i, that value after g; f, the same
+after f; probability and entropy (nats) of the agent's soft policy softmax(f / alpha); Q_tot of the joint action and the
+team's reward. QMIX has neither g, f nor a soft policy: there, q_i is the agent network's output. battle.png draws it.
+The return-to-go is discounted, as Q_tot is; Soft-QMIX's Q_tot adds alpha times the entropies of the policy it trains
+with, and the episode here is greedy, as tests are.
+"""
+
+import csv
+import importlib
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ALGORITHMS = ("softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe")
+SIGNS = {"north": "↑", "south": "↓", "east": "→", "west": "←", "no-op": "", "stop": "■", "stay": "■"}
+COLORS = {"north": "#9ecae1", "south": "#4292c6", "east": "#a1d99b", "west": "#41ab5d", "no-op": "#f2f2f2"}
+COLORS |= {"stop": "#969696", "stay": "#969696"}
+
+
+class InputError(ValueError):
+    """Something the user can put right, told in one sentence: exit code 2, no traceback."""
+
+
+@dataclass
+class Args:
+    folder: tyro.conf.Positional[str]
+    """the run's folder, with its config.json and checkpoint.pt"""
+    seed: int = 0
+    """of the episode"""
+    out: str | None = None
+    """folder for battle.csv and battle.png; default: the run's"""
+
+
+def load_run(folder: str) -> tuple:
+    """The script that trained this run, what its checkpoint holds, its options, one environment, and its networks."""
+    try:
+        algorithm = json.loads(Path(folder, "config.json").read_text())["algorithm"]
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no run's folder: it has no config.json.") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}/config.json is damaged, or not a training script's.") from None
+    if algorithm not in ALGORITHMS:
+        raise InputError(f"{folder} is a run of {algorithm!a}; what can be explained is {', '.join(ALGORITHMS)}.")
+    script = importlib.import_module(algorithm)
+    try:
+        saved = script.load(folder, "checkpoint")
+        args = script.Args(**saved["args"] | dict.fromkeys(["run_dir", "resume", "evaluate"]))
+        env = script.make_env(args, 1, 0)
+        networks = script.Networks(env, args)
+        networks.load_state_dict(saved["networks"])
+    except script.InputError as error:
+        raise InputError(error) from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # options or sizes of another game
+        raise InputError(f"{folder} cannot be played: {' '.join(str(error).split())[:300]}") from None
+    return script, saved, args, env, networks
+
+
+def action_names(args, env) -> list[list[str]]:
+    """Of each agent's actions at this moment."""
+    if not hasattr(args, "map"):
+        moves = ["stay", "push west", "push east", "push south", "push north"]  # FORCES of envs/spread.py
+        return [[f"action {u}" for u in range(env.num_actions)] if args.env else moves] * env.num_agents
+    from envs import smacv2_sim as sim
+
+    moves = {sim.NO_OP: "no-op", sim.STOP: "stop"}
+    moves |= {sim.NORTH: "move north", sim.SOUTH: "move south", sim.EAST: "move east", sim.WEST: "move west"}
+    names = [moves[u] for u in range(sim.FIRST_TARGET)]
+    units = env._world.units[0] if args.backend == "sim" else [{"type": None}] * env.num_agents
+    verbs = ["heal" if units[i]["type"] == sim.MEDIVAC else "attack" for i in range(env.num_agents)]
+    return [names + [f"{verb} {k}" for k in range(env.num_actions - len(names))] for verb in verbs]
+
+
+@torch.no_grad()
+def play(script, args, env, networks, seed: int) -> tuple[list[dict], str]:
+    """A greedy episode: a row per step and agent, and how it ended, if the game can be won."""
+    critic, soft, rows, rewards, ended = networks.critic, hasattr(networks, "f"), [], [], False
+    obs, info = env.reset(seed=seed)
+    hidden, last_action = None, torch.full((1, env.num_agents), -1)
+    while not ended:
+        state, mask = torch.from_numpy(info["state"]), torch.from_numpy(info["action_mask"])
+        stage1, hidden = critic.agent(torch.from_numpy(obs), last_action, hidden)  # (1, N, A)
+        last_action = script.greedy_action(stage1, mask)  # (1, N)
+        columns = {"stage1": stage1} if soft else {}
+        columns["q_i"] = critic.g(stage1, state) if soft else stage1
+        if soft:
+            log_policy = script.soft_log_policy(networks, stage1, state, mask, args.alpha)
+            columns |= {"f": networks.f(columns["q_i"], state), "probability": log_policy.exp()}
+        columns = {name: x.gather(-1, last_action.unsqueeze(-1))[0, :, 0] for name, x in columns.items()}  # (N,)
+        q_tot = critic.mixer(columns["q_i"].unsqueeze(0), state).item()
+        if soft:
+            columns["entropy"] = -(log_policy.exp() * log_policy.masked_fill(~mask, 0)).sum(-1)[0]
+        names = action_names(args, env)
+        obs, reward, terminated, truncated, info = env.step(last_action.numpy())
+        rewards.append(float(reward[0]))
+        for i, u in enumerate(last_action[0].tolist()):
+            row = {"step": len(rewards) - 1, "agent": i, "action": u, "name": names[i][u]}
+            row |= {name: column[i].item() for name, column in columns.items()}
+            rows.append(row | {"q_tot": q_tot, "reward": rewards[-1]})
+        ended = terminated[0] or truncated[0]
+    for row in rows:
+        ahead = rewards[row["step"] :]
+        row["return_to_go"] = sum(r * args.gamma**k for k, r in enumerate(ahead))
+    won = info["final_info"].get("battle_won")
+    return rows, "" if won is None else ", won" if won[0] else ", not won"
+
+
+def color_of(name: str) -> tuple:
+    """Moves are blue or green, attacks yellow to red by their target, healing violet."""
+    word = name.split()[-1]
+    if word in COLORS:
+        return matplotlib.colors.to_rgb(COLORS[word])
+    maps = {"attack": ("YlOrRd", 0.25, 12), "heal": ("RdPu", 0.4, 15)}
+    colors, low, span = maps.get(name.split()[0], ("tab20", 0, 20))
+    return plt.get_cmap(colors)(low + int(word) % 20 / span)[:3]
+
+
+def draw(rows: list[dict], title: str) -> bytes:
+    """A PNG: who did what when, what each agent thought of it, and what became of Q_tot."""
+    T, N = rows[-1]["step"] + 1, rows[-1]["agent"] + 1
+    table = {name: np.array([row[name] for row in rows], object).reshape(T, N) for name in rows[0]}
+    lines = [("q_i", "$Q_i$ of the action")] + [("entropy", "policy's entropy, nats")] * ("entropy" in table)
+    heights = [0.5 + 0.28 * N, *[2] * len(lines), 2]
+    with plt.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = plt.figure(figsize=(13, sum(heights) + 1.4), layout="constrained")
+        top, *middle, bottom = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+        agents = [plt.get_cmap("tab10")(i % 10) for i in range(N)]
+        top.imshow([[color_of(table["name"][t, i]) for t in range(T)] for i in range(N)], aspect="auto")
+        top.set(yticks=range(N), yticklabels=[f"agent {i}" for i in range(N)])
+        for label, color in zip(top.get_yticklabels(), agents, strict=True):
+            label.set(color=color, weight="bold")
+        if T <= 70:
+            top.vlines(np.arange(T - 1) + 0.5, -0.5, N - 0.5, "white", linewidth=1)
+            for (t, i), name in np.ndenumerate(table["name"]):
+                dark = sum(color_of(name)) < 1.4
+                sign = SIGNS.get(name.split()[-1], name.split()[-1])
+                top.text(t, i, sign, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        used = sorted({(int(u), name) for u, name in zip(table["action"].flat, table["name"].flat, strict=True)})
+        patches = [matplotlib.patches.Patch(color=color_of(name), label=name) for _, name in used]
+        top.legend(handles=patches, ncols=1 + len(used) // 9, loc="upper left", bbox_to_anchor=(1.01, 1.06),
+                   fontsize=10, frameon=False, handlelength=1, columnspacing=1, labelspacing=0.25)  # fmt: skip
+        top.hlines(np.arange(N - 1) + 0.5, -0.5, T - 0.5, "white", linewidth=2)
+        alive = table["name"] != "no-op"
+        for axis, (column, label) in zip(middle, lines, strict=True):
+            for i in range(N):
+                values = np.where(alive[:, i], table[column][:, i], np.nan).astype(float)
+                axis.plot(values, "-o" if T <= 70 else "-", color=agents[i], markersize=3, linewidth=1.8)
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+        bottom.plot(table["q_tot"][:, 0].astype(float), color="black", linewidth=2.2, label="$Q_{tot}$")
+        bottom.plot(table["return_to_go"][:, 0].astype(float), "--", color="#d62728", linewidth=2.2,
+                    label="return-to-go,\ndiscounted")  # fmt: skip
+        bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        bottom.set(xlabel="step", ylabel="team", xlim=(-0.5, T - 0.5))
+        bottom.grid(alpha=0.3)
+        figure.suptitle(title, parse_math=False)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=200)
+        plt.close(figure)
+    return png.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Under a temporary name and renamed, so that no file is ever left half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        if not 0 <= args.seed < 2**31:
+            raise InputError(f"--seed is {args.seed}; it must be in [0, {2**31 - 1}].")
+        folder = Path(args.out or args.folder)
+        if not folder.is_dir():
+            raise InputError(f"There is no folder {folder}.")
+        script, saved, options, env, networks = load_run(args.folder)
+        rows, end = play(script, options, env, networks, args.seed)
+        env.close()
+        text = io.StringIO()
+        table = csv.DictWriter(text, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        name = "Soft-QMIX" if saved["algorithm"].startswith("soft") else "QMIX"
+        total = sum(row["reward"] for row in rows if row["agent"] == 0)
+        title = f"{name} on {env.name} after {saved['step']:,} steps, seed {args.seed}: return {total:.3g}{end}"
+        write(folder / "battle.csv", text.getvalue().encode())
+        write(folder / "battle.png", draw(rows, title))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{title}\n{folder / 'battle.csv'}, {folder / 'battle.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
