@@ -15,16 +15,19 @@ MOVES = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))  # stay, north, south, east, 
 class Grid(ParallelEnv):
     """Agents see where they, the other one and the goal are; both begin anywhere but on the goal."""
 
-    def __init__(self, size, max_cycles, time_limit, show_time):
+    def __init__(self, size, max_cycles, time_limit, show_time, reward):
         self.metadata, self.possible_agents = {"name": "grid"}, ["a", "b"]
-        self.size, self.max_cycles, self.time_limit, self.show_time = size, max_cycles, time_limit, show_time
+        self.size, self.max_cycles, self.reward = size, max_cycles, reward
+        self.time_limit, self.show_time = time_limit, show_time
         self.random = np.random.default_rng()
+        self.observations = {agent: Box(0, 1, (7 if show_time else 6,)) for agent in self.possible_agents}
+        self.actions = {agent: Discrete(len(MOVES)) for agent in self.possible_agents}
 
     def observation_space(self, agent):
-        return Box(0, 1, (7 if self.show_time else 6,))
+        return self.observations[agent]
 
     def action_space(self, agent):
-        return Discrete(len(MOVES))
+        return self.actions[agent]
 
     def look(self):
         time = [self.t / self.max_cycles] if self.show_time else []
@@ -51,11 +54,11 @@ class Grid(ParallelEnv):
         late = self.t == self.max_cycles and not won
         over, cut_off = won or (late and self.time_limit == "end"), late and self.time_limit == "cut"
         self.agents = [] if over or cut_off else agents
-        rewards = dict.fromkeys(agents, won / len(agents))  # the team's reward is their sum, 1
+        rewards = dict.fromkeys(agents, won * self.reward / len(agents))  # the team's is the sum
         ends = dict.fromkeys(agents, over), dict.fromkeys(agents, cut_off)
         return self.look(), rewards, *ends, {agent: {} for agent in agents}
 
 
-def make(size=5, max_cycles=25, time_limit="cut", show_time=False):
+def make(size=5, max_cycles=25, time_limit="cut", show_time=False, reward=1.0):
     """Args: time_limit, "cut" (the last value is bootstrapped) or "end" (nothing follows); show_time: seen, too."""
-    return Grid(int(size), int(max_cycles), time_limit, show_time)
+    return Grid(int(size), int(max_cycles), time_limit, show_time, reward)

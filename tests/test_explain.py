@@ -1,4 +1,4 @@
-"""explain.py: its numbers are the networks', its actions those that a test takes, and what it cannot read it refuses."""
+"""explain.py: its numbers are the networks', its actions a test's, and what it cannot read it refuses."""
 
 import csv
 import json
