@@ -32,6 +32,7 @@ ALGORITHMS = ("softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe")
 SIGNS = {"north": "↑", "south": "↓", "east": "→", "west": "←", "no-op": "", "stop": "■", "stay": "■"}
 COLORS = {"north": "#9ecae1", "south": "#4292c6", "east": "#a1d99b", "west": "#41ab5d", "no-op": "#f2f2f2"}
 COLORS |= {"stop": "#969696", "stay": "#969696"}
+ATTACKS = ["#ffe14d", "#ff9f1c", "#e85d04", "#d00000", "#7f0000", "#ff6fb5", "#c2185b", "#8e6c8a", "#6d4c41", "#1e1e1e"]
 
 
 class InputError(ValueError):
@@ -97,15 +98,14 @@ def play(script, args, env, networks, seed: int) -> tuple[list[dict], str]:
         state, mask = torch.from_numpy(info["state"]), torch.from_numpy(info["action_mask"])
         stage1, hidden = critic.agent(torch.from_numpy(obs), last_action, hidden)  # (1, N, A)
         last_action = script.greedy_action(stage1, mask)  # (1, N)
-        columns = {"stage1": stage1} if soft else {}
-        columns["q_i"] = critic.g(stage1, state) if soft else stage1
+        values = {"q_i": stage1}
         if soft:
-            log_policy = script.soft_log_policy(networks, stage1, state, mask, args.alpha)
-            columns |= {"f": networks.f(columns["q_i"], state), "probability": log_policy.exp()}
-        columns = {name: x.gather(-1, last_action.unsqueeze(-1))[0, :, 0] for name, x in columns.items()}  # (N,)
+            q_i = critic.g(stage1, state)
+            policy = script.soft_log_policy(networks, stage1, state, mask, args.alpha).exp()
+            values = {"stage1": stage1, "q_i": q_i, "f": networks.f(q_i, state), "probability": policy}
+        columns = {name: x.gather(-1, last_action.unsqueeze(-1)).squeeze(-1)[0] for name, x in values.items()}  # (N,)
         q_tot = critic.mixer(columns["q_i"].unsqueeze(0), state).item()
-        if soft:
-            columns["entropy"] = -(log_policy.exp() * log_policy.masked_fill(~mask, 0)).sum(-1)[0]
+        columns |= {"entropy": torch.special.entr(policy).sum(-1)[0]} if soft else {}
         names = action_names(args, env)
         obs, reward, terminated, truncated, info = env.step(last_action.numpy())
         rewards.append(float(reward[0]))
@@ -122,53 +122,52 @@ def play(script, args, env, networks, seed: int) -> tuple[list[dict], str]:
 
 
 def color_of(name: str) -> tuple:
-    """Moves are blue or green, attacks yellow to red by their target, healing violet."""
-    word = name.split()[-1]
+    """Moves are blue or green, attacks warm, healing violet; other games' actions have any colours."""
+    verb, word = name.split()[0], name.split()[-1]
     if word in COLORS:
         return matplotlib.colors.to_rgb(COLORS[word])
-    maps = {"attack": ("YlOrRd", 0.25, 12), "heal": ("RdPu", 0.4, 15)}
-    colors, low, span = maps.get(name.split()[0], ("tab20", 0, 20))
-    return plt.get_cmap(colors)(low + int(word) % 20 / span)[:3]
+    if verb == "attack":
+        return matplotlib.colors.to_rgb(ATTACKS[int(word) % len(ATTACKS)])
+    palette, place = ("Purples", 0.25 + int(word) % 10 / 13) if verb == "heal" else ("tab20", int(word) % 20)
+    return plt.get_cmap(palette)(place)[:3]
 
 
 def draw(rows: list[dict], title: str) -> bytes:
     """A PNG: who did what when, what each agent thought of it, and what became of Q_tot."""
     T, N = rows[-1]["step"] + 1, rows[-1]["agent"] + 1
     table = {name: np.array([row[name] for row in rows], object).reshape(T, N) for name in rows[0]}
-    lines = [("q_i", "$Q_i$ of the action")] + [("entropy", "policy's entropy, nats")] * ("entropy" in table)
+    alive, few = table["name"] != "no-op", T <= 70
+    lines = {"q_i": "$Q_i$ of the action", "entropy": "policy's entropy, nats"}
+    lines = {column: label for column, label in lines.items() if column in table}
     heights = [0.5 + 0.28 * N, *[2] * len(lines), 2]
     with plt.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plt.figure(figsize=(13, sum(heights) + 1.4), layout="constrained")
         top, *middle, bottom = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-        agents = [plt.get_cmap("tab10")(i % 10) for i in range(N)]
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.06), "frameon": False}  # of a panel
         top.imshow([[color_of(table["name"][t, i]) for t in range(T)] for i in range(N)], aspect="auto")
-        top.set(yticks=range(N), yticklabels=[f"agent {i}" for i in range(N)])
-        for label, color in zip(top.get_yticklabels(), agents, strict=True):
-            label.set(color=color, weight="bold")
-        if T <= 70:
-            top.vlines(np.arange(T - 1) + 0.5, -0.5, N - 0.5, "white", linewidth=1)
-            for (t, i), name in np.ndenumerate(table["name"]):
-                dark = sum(color_of(name)) < 1.4
-                sign = SIGNS.get(name.split()[-1], name.split()[-1])
-                top.text(t, i, sign, ha="center", va="center", fontsize=9, color="white" if dark else "black")
-        used = sorted({(int(u), name) for u, name in zip(table["action"].flat, table["name"].flat, strict=True)})
-        patches = [matplotlib.patches.Patch(color=color_of(name), label=name) for _, name in used]
-        top.legend(handles=patches, ncols=1 + len(used) // 9, loc="upper left", bbox_to_anchor=(1.01, 1.06),
-                   fontsize=10, frameon=False, handlelength=1, columnspacing=1, labelspacing=0.25)  # fmt: skip
         top.hlines(np.arange(N - 1) + 0.5, -0.5, T - 0.5, "white", linewidth=2)
-        alive = table["name"] != "no-op"
-        for axis, (column, label) in zip(middle, lines, strict=True):
+        top.set_yticks(range(N), [f"agent {i}" for i in range(N)], weight="bold")
+        for i, label in enumerate(top.get_yticklabels()):
+            label.set_color(f"C{i}")
+        for t, i in np.ndindex(T if few else 0, N):
+            word = table["name"][t, i].split()[-1]
+            color = "white" if sum(color_of(table["name"][t, i])) < 1.4 else "black"
+            top.text(t, i, SIGNS.get(word, word), ha="center", va="center", fontsize=9, color=color)
+        top.vlines(np.arange(T - 1 if few else 0) + 0.5, -0.5, N - 0.5, "white", linewidth=1)
+        used = sorted(set(table["name"].flat), key=lambda name: (name[:4] == "heal", name[:6] == "attack", name))
+        patches = [matplotlib.patches.Patch(color=color_of(name), label=name) for name in used]
+        top.legend(handles=patches, ncols=1 + len(used) // 9, fontsize=10, handlelength=1, labelspacing=0.25, **beside)
+        for axis, (column, label) in zip(middle, lines.items(), strict=True):
             for i in range(N):
                 values = np.where(alive[:, i], table[column][:, i], np.nan).astype(float)
-                axis.plot(values, "-o" if T <= 70 else "-", color=agents[i], markersize=3, linewidth=1.8)
+                axis.plot(values, "o-" if few else "-", color=f"C{i}", markersize=3, linewidth=1.8)
             axis.set_ylabel(label)
-            axis.grid(alpha=0.3)
-        bottom.plot(table["q_tot"][:, 0].astype(float), color="black", linewidth=2.2, label="$Q_{tot}$")
-        bottom.plot(table["return_to_go"][:, 0].astype(float), "--", color="#d62728", linewidth=2.2,
-                    label="return-to-go,\ndiscounted")  # fmt: skip
-        bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        bottom.plot(table["q_tot"][:, 0], "k-", linewidth=2.2, label="$Q_{tot}$")
+        bottom.plot(table["return_to_go"][:, 0], "r--", linewidth=2.2, label="return-to-go,\ndiscounted")
+        bottom.legend(**beside)
         bottom.set(xlabel="step", ylabel="team", xlim=(-0.5, T - 0.5))
-        bottom.grid(alpha=0.3)
+        for axis in (*middle, bottom):
+            axis.grid(alpha=0.3)
         figure.suptitle(title, parse_math=False)
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=200)
