@@ -10,6 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
+import grid
 import pytest
 import tyro
 
@@ -95,8 +96,8 @@ def test_options_named_in_the_text_exist(document):
 
 def test_options_of_the_games_named_in_the_text_exist():
     known = {"max_cycles"}  # mpe2's
-    for game in (SMACv2Sim, StarCraft2, PettingZooBatch):
-        known |= inspect.signature(game.__init__).parameters.keys()
+    for game in (SMACv2Sim, StarCraft2, PettingZooBatch, grid.make):
+        known |= inspect.signature(game).parameters.keys()
     for text in DOCUMENTS.values():
         for words in re.findall(r"--env-options((?: +\w+ [\w.]+)+)", text):
             assert set(words.split()[::2]) <= known
