@@ -544,7 +544,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         for e in np.flatnonzero(terminated | truncated | info.get("invalid", False)):  # invalid: lost with its game
             played[e], hidden[e] = [], 0
             row["last_action"][e], row["reward"][e], row["terminated"][e] = -1, 0, False
-        if updates < 2:
+        if updates == 0:
             bar.set_postfix_str(f"{args.batch_size} episodes until the first update: {len(replay)}", refresh=False)
 
     bar.close()

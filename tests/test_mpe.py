@@ -38,10 +38,10 @@ def test_run_leaves_the_promised_files_and_a_video(script, tmp_path):
 @over(MPE)
 @pytest.mark.parametrize("backend", ["batched", "mpe2"])
 def test_resume_equals_the_uninterrupted_run(script, backend, tmp_path):
-    args = dict(backend=backend, total_timesteps=1100)
+    args = dict(backend=backend, total_timesteps=600, eval_interval=300)
     train(script, spread_args(script, tmp_path / "whole", **args))
-    train(script, spread_args(script, tmp_path / "parts", **(args | {"total_timesteps": 500})))
-    train(script, resumed_args(script, tmp_path / "parts", total_timesteps=1100))
+    train(script, spread_args(script, tmp_path / "parts", **(args | {"total_timesteps": 300})))
+    train(script, resumed_args(script, tmp_path / "parts", total_timesteps=600))
     assert read_metrics(tmp_path / "parts") == read_metrics(tmp_path / "whole")
     networks = [checkpoint_of(tmp_path / name).networks for name in ("whole", "parts")]
     assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
