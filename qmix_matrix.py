@@ -201,8 +201,8 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def prepare(args: Args) -> tuple[torch.Tensor, Path]:
-    """The payoff (n, m) and the run's folder; InputError for whatever the user got wrong, before a file is made."""
+def prepare(args: Args) -> torch.Tensor:
+    """The payoff (n, m); InputError for whatever the user got wrong, before a file is made."""
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (1, 2**31 - 1) if type(value) is int else (1e-9, 1e6))
         if type(value) in (int, float) and not low <= value <= high:
@@ -217,6 +217,12 @@ def prepare(args: Args) -> tuple[torch.Tensor, Path]:
         payoff = torch.empty(0)
     if not payoff.numel() or not (payoff.abs() <= 1e6).all():
         raise InputError(f"--payoff {args.payoff} is none of {', '.join(GAMES)}, nor a CSV table of numbers up to 1e6.")
+    return payoff
+
+
+def train(args: Args) -> dict:
+    """All seeds, at args.td_weight and at weight 1, side by side as one batch; returns what summary.json holds."""
+    payoff = prepare(args)
     name = f"{Path(args.payoff).stem}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.run_dir or f"runs/{name}")
     try:
@@ -224,12 +230,6 @@ def prepare(args: Args) -> tuple[torch.Tensor, Path]:
         (run_dir / "config.json").touch(exist_ok=False)  # of two runs that start at once, one fails here
     except OSError as error:
         raise InputError(f"--run-dir {run_dir} already holds a run or files, or: {error.strerror}.") from None
-    return payoff, run_dir
-
-
-def train(args: Args) -> dict:
-    """All seeds, at args.td_weight and at weight 1, side by side as one batch; returns what summary.json holds."""
-    payoff, run_dir = prepare(args)
     about = {"algorithm": ALGORITHM, "args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
     write(run_dir / "config.json", json.dumps(about, indent=2))
     seeds, weights = list(range(args.seed, args.seed + args.num_seeds)), list(dict.fromkeys((args.td_weight, 1.0)))

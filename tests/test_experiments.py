@@ -477,3 +477,10 @@ def test_a_cluster_that_does_not_answer_is_named(house, address):
     out = run(f"custom --scripts toy_mpe --run --ray {address}", code=2)
     assert out.splitlines()[-1].startswith(f"error: --ray {address}: no cluster answers")
     assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("experiment", ["table2", "table3", "table4", "figure3"])
+def test_a_plan_leaves_no_file_behind(experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiments.plan(experiments.Args(experiment, seeds=(1,), folder="runs"))
+    assert not list(tmp_path.iterdir())
