@@ -69,4 +69,5 @@ def save_evaluation(frames, place, step, fps=8):
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         with SummaryWriter(str(folder)) as writer:
             writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="evaluation", image=image)]), step)
+    print("film:", *written, flush=True)
     return written
