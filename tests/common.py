@@ -292,6 +292,21 @@ def one_sentence(code_and_output: tuple[int, str], code: int = 2) -> str:
     return sentence
 
 
+IMPOSSIBLE = [  # options of a SMACv2 script, and words of its refusal
+    (dict(map="terran_5"), "terran_5"),
+    (dict(env_options={"wind": 1}), "wind"),
+    (dict(resume="nowhere"), "missing"),
+    (dict(resume="a", evaluate="b"), "exclude each other"),
+]
+
+
+def refused_before_a_file_is_made(script, changes: dict, words: str, folder, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(script.InputError, match=words):
+        train(script, script.Args(backend="sim", **changes))
+    assert list(folder.iterdir()) == []
+
+
 def evaluated_agent(arguments: tuple):
     """Of the arguments that a script's evaluate got."""
     return arguments[0]

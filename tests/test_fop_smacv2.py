@@ -10,12 +10,14 @@ import pytest
 import test_training
 import torch
 from common import (
+    IMPOSSIBLE,
     SIZES,
     acting_on,
     checkpoint_of,
     make_batch,
     random_episodes,
     read_metrics,
+    refused_before_a_file_is_made,
     run_main,
     walk_agent,
 )
@@ -596,17 +598,11 @@ def test_a_run_too_short_to_learn_says_so(tmp_path, capsys):
         (dict(alpha_anneal_time=0), "--alpha-anneal-time is 0"),
         (dict(epsilon_start=1.5), "--epsilon-start is 1.5"),
         (dict(td_lambda=-0.1), "--td-lambda is -0.1"),
-        (dict(map="terran_5"), "terran_5"),
-        (dict(env_options={"wind": 1}), "wind"),
-        (dict(resume="nowhere"), "missing"),
-        (dict(resume="a", evaluate="b"), "exclude each other"),
+        *IMPOSSIBLE,
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(changes, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(script.InputError, match=words):
-        script.train(script.Args(**({"backend": "sim"} | changes)))
-    assert list(tmp_path.iterdir()) == []
+    refused_before_a_file_is_made(script, changes, words, tmp_path, monkeypatch)
 
 
 def test_other_files_and_other_options_are_refused(run):

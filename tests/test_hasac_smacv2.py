@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import run_main
+from common import IMPOSSIBLE, refused_before_a_file_is_made, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_mappo_smacv2 import Agree
 from test_training import LENGTHS as CLOCKWORK_LENGTHS
-from test_training import Clockwork
+from test_training import Clockwork, Fragile, Infinite
 
 import hasac_smacv2 as script
 import qmix_smacv2
@@ -622,15 +622,6 @@ def test_nothing_is_computed_on_another_device():
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
-class Fragile(Clockwork):
-    """In environment 1 every fifth episode is lost with its game."""
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        lost = terminated & (self.clock % 15 == 0) & (np.arange(E) == 1)
-        return obs, reward, terminated & ~lost, truncated, info | {"invalid": lost}
-
-
 def cheap_update(networks, *_) -> dict:
     """In the place of update where what it learns does not matter."""
     networks.log_alpha.data -= 3e-4
@@ -830,17 +821,11 @@ def test_a_lost_game_ends_the_run_with_a_checkpoint_that_goes_on(tmp_path):
         (dict(learning_starts=-1), "--learning-starts is -1"),
         (dict(updates_per_step=0.0), "--updates-per-step is 0"),
         (dict(n_step=0), "--n-step is 0"),
-        (dict(map="terran_5"), "terran_5"),
-        (dict(env_options={"wind": 1}), "wind"),
-        (dict(resume="nowhere"), "missing"),
-        (dict(resume="a", evaluate="b"), "exclude each other"),
+        *IMPOSSIBLE,
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(changes, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(script.InputError, match=words):
-        script.train(script.Args(backend="sim", **changes))
-    assert list(tmp_path.iterdir()) == []
+    refused_before_a_file_is_made(script, changes, words, tmp_path, monkeypatch)
 
 
 def test_other_files_and_other_options_are_refused(tmp_path):
@@ -856,11 +841,6 @@ def test_other_files_and_other_options_are_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    class Infinite(Clockwork):
-        def step(self, action):
-            obs, reward, *rest = super().step(action)
-            return obs, np.full_like(reward, np.nan), *rest
-
     with pytest.raises(FloatingPointError, match="not finite at step 60"):
         train(tmp_path, Infinite, update=script.update)
 

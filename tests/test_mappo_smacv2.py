@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_training
 import torch
 import torch.nn.functional as F
+from common import IMPOSSIBLE, refused_before_a_file_is_made
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mappo_smacv2 as script
@@ -459,47 +461,12 @@ def test_nothing_is_computed_on_another_device():
 LENGTHS = np.array([2, 3, 4, 5])  # environment e plays episodes of LENGTHS[e] steps
 
 
-class Clockwork:
-    """Episodes of fixed lengths, those of the last environment cut off. What agents see is the number of steps so far.
-
-    An episode's first view shows a half more than the last view of the one before. The reward is the sum of the
-    actions. In environment 1 every fifth episode is lost with its game if `fragile`.
-    """
-
-    num_envs, num_agents, num_actions, obs_size, state_size, episode_limit = E, 2, 3, 1, 1, 5
-    name, backend, title, about, restarts = "clockwork", "sim", "Clockwork.", {}, 0
-    fragile = False
-
-    def look(self, begun):
-        now = (self.clock + begun / 2).astype(np.float32)
-        obs = np.tile(now[:, None, None], (1, self.num_agents, 1))
-        return obs, {"state": now[:, None], "action_mask": np.ones((E, self.num_agents, self.num_actions), bool)}
-
-    def reset(self, seed=None):
-        self.clock = np.zeros(E)
-        return self.look(np.ones(E))
-
-    def step(self, action):
-        self.clock += 1
-        ends, is_last = self.clock % LENGTHS == 0, np.arange(E) == E - 1
-        final_obs, final_info = self.look(np.zeros(E))
-        obs, info = self.look(ends)
-        lost = ends & (self.clock % (5 * LENGTHS) == 0) & (np.arange(E) == 1) & self.fragile
-        info |= {"final_obs": final_obs, "final_info": final_info | {"battle_won": ends}, "invalid": lost}
-        return obs, action.sum(1).astype(np.float32), ends & ~is_last & ~lost, ends & is_last, info
-
-    def get_state(self):
-        return {"clock": self.clock}
-
-    def set_state(self, state):
-        self.clock = state["clock"].copy()
-
-    def close(self):
-        pass
+class Clockwork(test_training.Clockwork):
+    num_envs, lengths, episode_limit = E, LENGTHS, 5
 
 
-class Fragile(Clockwork):
-    fragile = True
+class Fragile(Clockwork, test_training.Fragile):
+    """Episodes are lost, too."""
 
 
 def train(folder, env=Clockwork, listen=None, resume=False, **changes) -> dict:
@@ -557,7 +524,7 @@ def test_which_step_enters_which_iteration(env, tmp_path):
             assert torch.equal(stored[:, k], hiddens[begun + k * C])
         assert batch.hidden.shape[1] == M
         battle = time // 3
-        lost = (battle % 5 == 4) & (torch.arange(E) == 1) & env.fragile
+        lost = (battle % 5 == 4) & (torch.arange(E) == 1) & (env is Fragile)
         lost &= battle * 3 + 2 < begun + T  # known when the rollout is learnt
         assert torch.equal(from_rows(batch.valid)[..., 0], ~lost)
 
@@ -694,17 +661,11 @@ def test_a_lost_game_ends_the_run_with_a_checkpoint_that_goes_on(tmp_path):
         (dict(ent_coef=-0.1), "--ent-coef is -0.1"),
         (dict(gamma=math.nan), "--gamma is nan"),
         (dict(anneal_steps=0), "--anneal-steps is 0"),
-        (dict(map="terran_5"), "terran_5"),
-        (dict(env_options={"wind": 1}), "wind"),
-        (dict(resume="nowhere"), "missing"),
-        (dict(resume="a", evaluate="b"), "exclude each other"),
+        *IMPOSSIBLE,
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(changes, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(script.InputError, match=words):
-        script.train(script.Args(backend="sim", **changes))
-    assert list(tmp_path.iterdir()) == []
+    refused_before_a_file_is_made(script, changes, words, tmp_path, monkeypatch)
 
 
 def test_other_files_and_other_options_are_refused(tmp_path):
@@ -720,10 +681,8 @@ def test_other_files_and_other_options_are_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    class Infinite(Clockwork):
-        def step(self, action):
-            obs, reward, *rest = super().step(action)
-            return obs, np.full_like(reward, np.nan), *rest
+    class Infinite(Clockwork, test_training.Infinite):
+        """Of these lengths."""
 
     with pytest.raises(FloatingPointError, match="not finite at step 48"):
         train(tmp_path, Infinite)

@@ -28,26 +28,28 @@ class Clockwork:
     """
 
     num_envs, num_agents, num_actions, obs_size, state_size, episode_limit = E, 2, 3, 1, 1, 4
+    lengths = LENGTHS
     name = backend = title = "clockwork"
     about, restarts = {"backend": "clockwork"}, 0
 
     def look(self, begun):
         now = (self.clock + begun / 2).astype(np.float32)  # (E,)
         obs = np.tile(now[:, None, None], (1, self.num_agents, 1))
-        return obs, {"state": now[:, None], "action_mask": np.ones((E, self.num_agents, self.num_actions), bool)}
+        mask = np.ones((self.num_envs, self.num_agents, self.num_actions), bool)
+        return obs, {"state": now[:, None], "action_mask": mask}
 
     def __init__(self):
         self.seeds = []
 
     def reset(self, seed=None):
         self.seeds.append(seed)
-        self.clock = np.zeros(E)
-        return self.look(np.ones(E))
+        self.clock = np.zeros(self.num_envs)
+        return self.look(np.ones(self.num_envs))
 
     def step(self, action):
         self.clock += 1
-        ends, is_last = self.clock % LENGTHS == 0, np.arange(E) == E - 1
-        final_obs, final_info = self.look(np.zeros(E))
+        ends, is_last = self.clock % self.lengths == 0, np.arange(self.num_envs) == self.num_envs - 1
+        final_obs, final_info = self.look(np.zeros(self.num_envs))
         obs, info = self.look(ends)
         info |= {"final_obs": final_obs, "final_info": final_info | {"battle_won": ends}}
         return obs, action.sum(1).astype(np.float32), ends & ~is_last, ends & is_last, info
@@ -60,6 +62,23 @@ class Clockwork:
 
     def close(self):
         pass
+
+
+class Fragile(Clockwork):
+    """In environment 1 every fifth episode is lost with its game."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        lost = terminated & (self.clock % (5 * self.lengths) == 0) & (np.arange(self.num_envs) == 1)
+        return obs, reward, terminated & ~lost, truncated, info | {"invalid": lost}
+
+
+class Infinite(Clockwork):
+    """Its rewards are not numbers."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.full_like(reward, np.nan), *rest
 
 
 class Event(NamedTuple):
