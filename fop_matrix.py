@@ -334,7 +334,7 @@ def main() -> int:
     except BrokenPipeError:  # nobody reads on; the files are written
         os._exit(1)
     except (OSError, InputError, FloatingPointError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # not within the bar
         return 2 if isinstance(error, InputError) else 1
     return 0
 
