@@ -287,6 +287,13 @@ def table(groups: dict, measures: dict, args: Args) -> list[str]:
     return lines
 
 
+def meanings(args: Args) -> str:
+    """What the table's columns are, in a sentence below it."""
+    over = "mean +- standard deviation" if args.statistic == "mean" else "inter-quartile mean"
+    last = f"final: of a run's last {args.final} tests" if args.final > 1 else "final: of a run's last test"
+    return f"Cells: {over} over seeds. A step: of the tests in the 50,000 before it; {last}; area: of all, by steps."
+
+
 def count(strata: list[list[Run]]) -> str:
     """The number of seeds, and whether they are few on some map."""
     few = " (few)" if min(map(len, strata)) < FEW else ""
@@ -365,6 +372,8 @@ def draw(groups: dict, measures: dict, args: Args) -> None:
             points, middle, low, high, stops = band(groups[place, label], x, measures[place], args)
             style = {"color": f"C{j % 10}", "linestyle": DASHES[j // 10 % len(DASHES)], "linewidth": 1.3}
             marks = {"marker": "x", "markersize": 5, "markevery": np.flatnonzero(stops).tolist()}
+            if len(points) == 1:  # a single test is no line
+                marks = {"marker": "o", "markersize": 4}
             line = axis.plot(points / scale, middle, **style, **marks)[0]
             lines[label] = line if stops.any() or label not in lines else lines[label]
             axis.fill_between(points / scale, low, high, color=f"C{j % 10}", alpha=0.18, linewidth=0)
@@ -520,6 +529,7 @@ def main() -> int:
                 raise InputError(f"--measure is win_rate, and runs of {place} have none: leave it out.")
             measures[place] = "win_rate" if won and args.measure != "return_mean" else "return_mean"
         lines = table(groups | (overall if args.aggregate else {}), measures, args)
+        lines += ["", meanings(args), ""]
         lines += comparison(groups | overall, measures, args) if args.compare else []
         shown_names(sorted({label for _, label in groups}), args.labels)
         print("\n".join(lines))

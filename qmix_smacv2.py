@@ -339,11 +339,11 @@ def load(path: str, kind: str) -> dict:
     file = Path(path, f"{kind}.pt") if Path(path).is_dir() else Path(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        found = saved["kind"]
+        found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "damaged, or something else" if file.exists() else "missing"
-    if found != f"{ALGORITHM} {kind} 2":
-        raise InputError(f"{file} is not a {kind} of this version of {ALGORITHM}: it is {found}.")
+        found = "it is damaged, or something else" if file.exists() else "there is no such file or folder"
+    if found != f"it is {ALGORITHM} {kind} 2":
+        raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}.")
     return saved
 
 
@@ -427,7 +427,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         importlib.import_module("wandb").init(**names, config=about, sync_tensorboard=True, resume="allow")
     writer = SummaryWriter(str(run_dir), purge_step=step + 1 if saved else None)
     writer.add_text("config", f"{env.title}\n```\n{json.dumps(about, indent=2)}\n```")
-    print(f"{env.title}\n{env.name}, seed {args.seed}, {device} -> {run_dir}", flush=True)
+    print(f"{env.title}\n{env.name}, seed {args.seed}, {device}, from step {step:,} -> {run_dir}", flush=True)
     every = 0.5 if sys.stderr.isatty() else 60  # seconds
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", unit_scale=True, miniters=1, mininterval=every)
     start, failure = time.monotonic() - seconds, None

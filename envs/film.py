@@ -43,12 +43,15 @@ def save_film(frames, path, fps=8):
 
     height, width = frames[0].shape[:2]
     movie, temporary = path.with_suffix(".mp4"), path.with_name(f".{path.stem}.mp4")
-    writer = imageio_ffmpeg.write_frames(str(temporary), (width, height), fps=fps)
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    os.replace(temporary, movie)
+    try:
+        writer = imageio_ffmpeg.write_frames(str(temporary), (width, height), fps=fps)
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        os.replace(temporary, movie)
+    finally:
+        temporary.unlink(missing_ok=True)
     return [path, movie]
 
 

@@ -1644,7 +1644,7 @@ class _Announcement(event.Listener):
     def on_start(self, compilation):
         if compilation.data["dispatcher"].py_func.__module__ == __name__ and not self.announced:
             how_often = "once" if CACHE else "for this run only, unless NUMBA_CACHE_DIR names a folder to keep them in"
-            text = f"smacv2_sim: compiling the battle kernels, about 15 seconds, {how_often}"
+            text = f"smacv2_sim: compiling battle kernels not needed before, up to 15 seconds, {how_often}"
             print(text, file=sys.stderr, flush=True)
             self.announced = True
 

@@ -140,7 +140,7 @@ def run(*arguments, cwd=ROOT, **variables):
 
 
 BEGIN = ("-c", "import numpy; from envs.smacv2_sim import mix_bits; mix_bits(numpy.uint64(1))")  # compiles one kernel
-COMPILING = "smacv2_sim: compiling the battle kernels, about 15 seconds, "
+COMPILING = "smacv2_sim: compiling battle kernels not needed before, up to 15 seconds, "
 
 
 def test_simulator_refuses_to_do_without_the_compiler():

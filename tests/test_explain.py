@@ -112,7 +112,7 @@ def damage(path):
         (lambda run: damage(run / "config.json"), "run", "config.json is damaged"),
         (lambda run: (run / "config.json").write_text('{"algorithm": "mappo_smacv2"}'), "run", "of 'mappo_smacv2'"),
         (lambda run: (run / "config.json").write_text("[1]"), "run", "not a training script's"),
-        (lambda run: (run / "checkpoint.pt").unlink(), "run", "it is missing"),
+        (lambda run: (run / "checkpoint.pt").unlink(), "run", "there is no such file"),
         (lambda run: damage(run / "checkpoint.pt"), "run", "it is damaged"),
         (None, "run --seed -1", "--seed is -1"),
         (None, "run --out nowhere", "There is no folder nowhere"),

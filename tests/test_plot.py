@@ -439,6 +439,15 @@ def test_more_than_ten_groups_can_be_told_apart(tmp_path, monkeypatch, capsys):
     assert len({(handle.get_color(), str(handle._dash_pattern)) for handle in handles}) == 25
 
 
+def test_a_single_test_is_drawn_as_a_point(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.3])
+    write_run(tmp_path / "b", "qmix", 1, [0.1, 0.2])
+    (axes,) = draw(monkeypatch, capsys, tmp_path)
+    assert [line.get_marker() for line in axes.lines if len(line.get_xdata()) == 1] == ["o"]
+    assert sum(len(line.get_xdata()) == 1 for line in axes.lines) == 1
+    assert "Cross" not in axes.figure.legends[0].get_title().get_text()
+
+
 def test_five_seeds_are_not_few(tmp_path, monkeypatch, capsys):
     for seed in range(5):
         write_run(tmp_path / f"{seed}", "soft", seed, [0.0, 0.2])
@@ -459,3 +468,15 @@ def test_values_on_the_way_end_at_their_step(tmp_path, monkeypatch, capsys):
     _, printed = run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png", "--at", 70_000, 80_000, 20_000)
     # At 80,000: (4 * .1 + .9) / 5
     assert cells(printed)[0][5:8] == ["0.1", "0.26", "0.9"]
+
+
+def test_the_columns_of_the_table_are_told(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.2])
+    said = {
+        (): ("mean +- standard deviation over seeds", "of a run's last 10 tests"),
+        ("--final", 1, "--statistic", "iqm"): ("inter-quartile mean over seeds", "of a run's last test;"),
+    }
+    for options, words in said.items():
+        _, printed = run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png", *options)
+        (line,) = [line for line in printed.out.splitlines() if line.startswith("Cells: ")]
+        assert all(word in line for word in words)
