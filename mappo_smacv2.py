@@ -398,7 +398,7 @@ def load(path: str, kind: str) -> dict:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "it is damaged, or something else" if file.exists() else "there is no such file or folder"
+        found = "it is damaged, or something else" if file.exists() else "there is no such file; give a run's folder"
     if found != f"it is {ALGORITHM} {kind} 2":
         raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}.")
     return saved

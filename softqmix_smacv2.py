@@ -392,7 +392,7 @@ def load(path: str, kind: str) -> dict:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "it is damaged, or something else" if file.exists() else "there is no such file or folder"
+        found = "it is damaged, or something else" if file.exists() else "there is no such file; give a run's folder"
     if found != f"it is {ALGORITHM} {kind} 2":
         raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}.")
     return saved
@@ -550,7 +550,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
             played[e], hidden[e] = [], 0
             row["last_action"][e], row["reward"][e], row["terminated"][e] = -1, 0, False
         if updates == 0:
-            bar.set_postfix_str(f"{args.batch_size} battles until the first update: {len(replay)}", refresh=False)
+            bar.set_postfix_str(f"{len(replay)} of {args.batch_size} battles until the first update", refresh=False)
 
     bar.close()
     if done and not failure:

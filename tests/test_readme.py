@@ -22,7 +22,7 @@ from envs.starcraft2 import StarCraft2
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md")))
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/**/*.md")))
 }
 PROGRAMS = {str(path.relative_to(ROOT).with_suffix("")) for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"))}
 PYTHON = r"(?:\w+=\S+ )*(?:(?:\S+/)?python|uv run) "  # with variables, or of a virtual environment
