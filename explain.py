@@ -162,10 +162,11 @@ def draw(rows: list[dict], title: str) -> bytes:
                 values = np.where(alive[:, i], table[column][:, i], np.nan).astype(float)
                 axis.plot(values, "o-" if few else "-", color=f"C{i}", markersize=3, linewidth=1.8)
             axis.set_ylabel(label)
-        bottom.plot(table["q_tot"][:, 0], "k-", linewidth=2.2, label="$Q_{tot}$")
+        bonus = ", with the\nbonus of entropy" if "entropy" in table else ""
+        bottom.plot(table["q_tot"][:, 0], "k-", linewidth=2.2, label=f"$Q_{{tot}}${bonus}")
         bottom.plot(table["return_to_go"][:, 0], "r--", linewidth=2.2, label="return-to-go,\ndiscounted")
         bottom.legend(**beside)
-        bottom.set(xlabel="step", ylabel="team", xlim=(-0.5, T - 0.5))
+        bottom.set(xlabel="step", ylabel="value", xlim=(-0.5, T - 0.5))
         for axis in (*middle, bottom):
             axis.grid(alpha=0.3)
         figure.suptitle(title, parse_math=False)
@@ -203,7 +204,7 @@ def main() -> int:
         table.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
         name = "Soft-QMIX" if saved["algorithm"].startswith("soft") else "QMIX"
         total = sum(row["reward"] for row in rows if row["agent"] == 0)
-        title = f"{name} on {env.name} after {saved['step']:,} steps, seed {args.seed}: return {total:.3g}{end}"
+        title = f"{name} on {env.name} after {saved['step']:,} steps; episode {args.seed}: return {total:.3g}{end}"
         write(folder / "battle.csv", text.getvalue().encode())
         write(folder / "battle.png", draw(rows, title))
     except InputError as error:

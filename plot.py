@@ -380,6 +380,7 @@ def draw(groups: dict, measures: dict, args: Args) -> None:
             heights[axis] += [middle.min(), middle.max()]
         axis.set_title(place, parse_math=False)
         axis.grid(alpha=0.3)
+        axis.locator_params(axis="x", nbins=5)
     best = max([max(heights[axis]) for axis, place in zip(axes.flat, places, strict=False)
                 if measures[place] == "win_rate"], default=0)  # fmt: skip
     for i, axis in enumerate(axes.flat):
