@@ -295,7 +295,7 @@ def one_sentence(code_and_output: tuple[int, str], code: int = 2) -> str:
 IMPOSSIBLE = [  # options of a SMACv2 script, and words of its refusal
     (dict(map="terran_5"), "terran_5"),
     (dict(env_options={"wind": 1}), "wind"),
-    (dict(resume="nowhere"), "missing"),
+    (dict(resume="nowhere"), "there is no such file"),
     (dict(resume="a", evaluate="b"), "exclude each other"),
 ]
 
