@@ -102,7 +102,7 @@ class Args:
     experiment: tyro.conf.Positional[str]  # table2, table3, table4, figure3 or custom
     run: bool = False  # do it; without, only say what is left to do
     print: bool = False  # print the commands that are left to do, for a batch system of your own, and stop
-    workers: int = 1  # runs at a time on this machine, each with an equal share of the cores
+    workers: int = 1  # runs at a time on this machine, each with one thread (or the environment's OMP_NUM_THREADS)
     ray: str | None = None  # run on the Ray cluster at this address instead; auto: the one this machine belongs to
     cpus: int = 1  # of each run on the cluster
     gpus: float = 0.0  # of each run on the cluster; 0.5: two share one
@@ -313,7 +313,7 @@ def find(runs: list[Run], folder: str) -> None:
 
 
 # --- Doing what is left -----------------------------------------------------------------------------------------------
-def work(run: Run, threads: int, cwd: str, patience: float = 0, stop: threading.Event | None = None) -> str:
+def work(run: Run, threads: int | str, cwd: str, patience: float = 0, stop: threading.Event | None = None) -> str:
     """Train one run, or the rest of it; what became of it. However this ends, the run ends with it."""
     if stop and stop.is_set():
         return "not begun"
@@ -371,7 +371,7 @@ def stop_on_signals() -> threading.Event:
 
 
 def run_here(runs: list[Run], args: Args) -> int:
-    stop, threads = stop_on_signals(), max(1, (os.cpu_count() or 1) // args.workers)
+    stop, threads = stop_on_signals(), os.environ.get("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(args.workers) as pool:
         pending = {pool.submit(work, run, threads, os.getcwd(), stop=stop): run for run in runs}
         try:

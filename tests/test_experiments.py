@@ -21,7 +21,7 @@ import experiments
 
 ROOT = Path(__file__).parent.parent
 TOY = """
-import json, signal, sys, threading, time
+import json, os, signal, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,7 +77,7 @@ def main():
     if step < args.total_timesteps:
         return 130
     (folder / "summary.json").write_text(json.dumps({"env_steps": step}))
-    print("trained", args.seed)
+    print("trained", args.seed, "with", os.environ["OMP_NUM_THREADS"])
     return args.seed == 13
 
 if __name__ == "__main__":
@@ -97,6 +97,7 @@ def house(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     yield tmp_path
     for name in ("toy_mpe", "toy_smacv2"):
         sys.modules.pop(name, None)
@@ -195,7 +196,7 @@ def test_finished_runs_are_skipped_and_unfinished_ones_resumed(house, monkeypatc
     out = run(f"{line} --run")
     assert "0 of 2 runs are finished, 2 are left to do" in out
     assert "finished: runs/hard__toy_mpe__1" in out
-    assert (house / "runs/hard__toy_mpe__2.log").read_text() == "trained 2\n"
+    assert (house / "runs/hard__toy_mpe__2.log").read_text() == "trained 2 with 1\n"
     # Under another name, and by the value that the script's default stands for: the same computation
     (house / "runs/hard__toy_mpe__1").rename(house / "runs/elsewhere")
     code, out, _ = main(monkeypatch, capsys, f"{line} --run --vary alpha 0.5")
@@ -212,6 +213,14 @@ def test_finished_runs_are_skipped_and_unfinished_ones_resumed(house, monkeypatc
     assert sorted(path.name for path in (house / "runs").iterdir()) == [
         "elsewhere", "elsewhere.log", "hard__toy_mpe__1.log", "hard__toy_mpe__2", "hard__toy_mpe__2.log"
     ]  # fmt: skip
+
+
+def test_a_run_has_one_thread_or_what_the_environment_says(house, monkeypatch):
+    for given, threads in ((None, 1), ("3", 3)):  # on however many cores, and with however few workers
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        run(f"custom --scripts toy_mpe --seeds {threads} --workers 1 --run")
+        assert (house / f"runs/hard__toy_mpe__{threads}.log").read_text() == f"trained {threads} with {threads}\n"
 
 
 def put(folder, args, algorithm="toy_mpe", **files):
@@ -281,7 +290,7 @@ def test_hours_are_the_tables_or_the_runs_own(house, monkeypatch, capsys):
 
 def test_a_failed_run_is_named_and_the_others_go_on(house):
     out = run("custom --scripts toy_mpe --seeds 13 1 --run", code=1)
-    assert "exit code 1, see runs/hard__toy_mpe__13.log: trained 13: runs/hard__toy_mpe__13" in out
+    assert "exit code 1, see runs/hard__toy_mpe__13.log: trained 13 with 1: runs/hard__toy_mpe__13" in out
     assert "finished: runs/hard__toy_mpe__1\n" in out
 
 
