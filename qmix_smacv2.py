@@ -71,7 +71,7 @@ class Args:
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
-    run_dir: str | None = None  # folder of this run; default runs/{map}__{exp_name}__{backend}__{seed}__{time}
+    run_dir: str | None = None  # this run's folder; default runs/{map}__{exp_name}__{backend}__{seed}__{time}-{process}
     resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film battles of the last test, on the simulator
@@ -93,7 +93,7 @@ class Args:
     epsilon_finish: float = 0.05  # probability of a random action after the annealing (Table 8)
     epsilon_anneal_time: int = 100_000  # environment steps over which epsilon falls linearly (Table 8)
     eval_interval: int = 10_000  # environment steps between evaluations
-    eval_episodes: int = 32  # greedy battles in an evaluation; its largest divisor up to 64 are played at a time
+    eval_episodes: int = 32  # greedy battles in an evaluation; on the simulator its largest divisor up to 64 at a time
     checkpoint_interval: int = 500_000  # environment steps between checkpoints; there is one at the end and on Ctrl-C
 
 
@@ -300,8 +300,7 @@ def evaluate(agent: Agent, env, episodes: int, seed: list[int], device: torch.de
     obs, info = env.reset(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
     hidden = torch.zeros(E, env.num_agents, agent.hidden_size, device=device)
     last_action = torch.full((E, env.num_agents), -1, device=device)
-    running_return, wins = np.zeros(E), 0
-    returns: list[list[float]] = [[] for _ in range(E)]
+    returns, running_return, wins = [[] for _ in range(E)], np.zeros(E), 0
     while min(map(len, returns)) < quota:
         values, hidden = agent(torch.from_numpy(obs).to(device), last_action, hidden)
         last_action = greedy_action(values, torch.from_numpy(info["action_mask"]).to(device))
@@ -341,9 +340,9 @@ def load(path: str, kind: str) -> dict:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "it is damaged, or something else" if file.exists() else "there is no such file; give a run's folder"
+        found = "it is damaged, foreign, or too large for the memory" if file.exists() else "there is no such file"
     if found != f"it is {ALGORITHM} {kind} 2":
-        raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}.")
+        raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}; give a run's folder.")
     return saved
 
 
@@ -366,11 +365,11 @@ def prepare(args: Args) -> tuple:
     for name in sorted(vars(args).keys() - MAY_CHANGE) if args.resume else ():
         if (ours := getattr(args, name)) != (theirs := saved["args"][name]):
             raise InputError(f"{name} is {ours}, but was {theirs} in {args.resume}: leave the option out.")
-    if args.resume and saved["step"] >= args.total_timesteps:
+    if args.resume and saved["step"] >= args.total_timesteps and Path(args.resume, "summary.json").exists():
         raise InputError(f"{args.resume} has made its {saved['step']} steps: give more --total-timesteps.")
     try:
         if args.check_env:
-            return check_env(args.map, **args.env_options)
+            sys.exit(check_env(args.map, **args.env_options))  # which prints what there is
         env = make_env(args, args.num_envs, args.seed)
         most = 64 if args.backend == "sim" else args.num_envs  # each of StarCraft II's is a game of its own
         eval_env = make_env(args, max(n for n in range(1, most + 1) if args.eval_episodes % n == 0), args.seed)
@@ -404,7 +403,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     about |= {name: getattr(env, name) for name in SIZES}
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # resumed on a GPU: other dice than at the start
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
     replay: deque[dict[str, torch.Tensor]] = deque(maxlen=args.buffer_size)
@@ -421,10 +420,10 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         played = [[] for _ in range(E)]  # the rows of the episodes that have not ended
         row = make_row(*env.reset(), np.full((E, N), -1), np.zeros(E, np.float32), np.zeros(E, bool))
         hidden = torch.zeros(E, N, networks.critic.agent.hidden_size)
-    write(run_dir / (f"resumed_{step}.json" if saved else "config.json"), json.dumps(about, indent=2))
     if args.track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": run_dir.name}
         importlib.import_module("wandb").init(**names, config=about, sync_tensorboard=True, resume="allow")
+    write(run_dir / (f"resumed_{step}.json" if saved else "config.json"), json.dumps(about, indent=2))
     writer = SummaryWriter(str(run_dir), purge_step=step + 1 if saved else None)
     writer.add_text("config", f"{env.title}\n```\n{json.dumps(about, indent=2)}\n```")
     print(f"{env.title}\n{env.name}, seed {args.seed}, {device}, from step {step:,} -> {run_dir}", flush=True)
@@ -434,12 +433,13 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     while True:
         # Test, and save for --resume and --evaluate: at intervals and at the end
         done, tested = step >= args.total_timesteps, metrics and metrics[-1]["step"] == step
-        if not tested and (done or step // args.eval_interval > (step - E) // args.eval_interval):  # at step 0, too
+        if done or (not tested and step // args.eval_interval > (step - E) // args.eval_interval):  # at step 0, too
             try:
                 result = evaluate(networks.critic.agent, eval_env, args.eval_episodes, [args.seed, step], device)
                 seconds = time.monotonic() - start
                 times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
-                metrics.append({"step": step, "episodes": episodes, "updates": updates} | result | times)
+                line = {"step": step, "episodes": episodes, "updates": updates} | result | times
+                metrics[len(metrics) - bool(tested) :] = [line]  # a last test that is made again replaces the first
                 lines = [metrics[0], *(line.values() for line in metrics)]
                 write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
                 charts = {"SPS": times["sps"], "epsilon": epsilon_at(step, args)}
@@ -549,10 +549,9 @@ def main() -> int:
         args = tyro.cli(Args, description=__doc__)
         if path := args.resume or args.evaluate:  # what is not given is as it was in that run
             known = load(path, "policy")["args"] | dict.fromkeys(["run_dir", "resume", "evaluate"])
-            args = tyro.cli(Args, default=Args(**known))
-        if args.check_env:
-            prepare(args)
-        elif args.evaluate:
+            args = tyro.cli(Args, default=Args(**known | {"env_options": {}}))  # tyro takes no words for a filled one
+            args.env_options = known["env_options"] | args.env_options
+        if args.evaluate or args.check_env:
             evaluate_policy(args)
         else:
             for signum in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:

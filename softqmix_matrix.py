@@ -57,7 +57,7 @@ class Args:
     payoff: str = "table1"  # table1, released, climbing, penalty, or a CSV file: a line for each of agent 1's actions
     seed: int = 1  # the first seed; each fixes the networks, exploration and replay of its own row
     num_seeds: int = 16  # independent seeds, trained side by side as one batch
-    run_dir: str | None = None  # new or empty folder of this run; default runs/{payoff}__{exp_name}__{seed}__{time}
+    run_dir: str | None = None  # new or empty folder; default runs/{payoff}__{exp_name}__{seed}__{time}-{process}
     total_timesteps: int = 10_000  # games played by each seed (section 5.1)
     num_envs: int = 4  # games played before each update (Table 8)
     batch_size: int = 128  # games in an update (Table 8); the first update waits for this many

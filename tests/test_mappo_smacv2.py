@@ -434,7 +434,7 @@ def test_an_update_is_five_steps_of_adam_by_hand(networks):
 
 
 def test_rates_fall_linearly_by_iteration():
-    args = make_args(total_timesteps=480)  # ten iterations of 48 steps
+    args = make_args(total_timesteps=480, anneal_steps=480)  # ten iterations of 48 steps
     assert [script.annealing(step, args) for step in (0, 47, 48, 100, 432, 479)] == pytest.approx(
         [1, 1, 0.9, 0.8, 0.1, 0.1]
     )
@@ -661,6 +661,7 @@ def test_a_lost_game_ends_the_run_with_a_checkpoint_that_goes_on(tmp_path):
         (dict(ent_coef=-0.1), "--ent-coef is -0.1"),
         (dict(gamma=math.nan), "--gamma is nan"),
         (dict(anneal_steps=0), "--anneal-steps is 0"),
+        (dict(anneal_steps=99, total_timesteps=100), "After --anneal-steps 99 nothing is learnt"),
         *IMPOSSIBLE,
     ],
 )
@@ -671,7 +672,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(changes, words, tmp_path, mon
 def test_other_files_and_other_options_are_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(script.InputError, match=r"gae_lambda is 0\.5, but was 0\.95"):
-        train(tmp_path, resume=True, total_timesteps=1000, gae_lambda=0.5)
+        train(tmp_path, resume=True, gae_lambda=0.5)
+    with pytest.raises(script.InputError, match="After --anneal-steps 152 nothing is learnt"):  # as the first run's
+        train(tmp_path, resume=True, total_timesteps=1000, anneal_steps=152)
     with pytest.raises(script.InputError, match="has made its 152 steps"):
         train(tmp_path, resume=True)
     with pytest.raises(script.InputError, match="already holds a run"):

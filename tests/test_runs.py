@@ -308,6 +308,22 @@ def test_a_finished_run_goes_on_with_more_steps_only(run, capsys):
     assert config_of(folder, "summary")["args"]["batch_size"] == 8  # what was not given is as it was
 
 
+def test_a_run_that_lacks_only_its_summary_is_completed(run, capsys):
+    """It was killed after its last checkpoint, or its last test failed."""
+    script, folder = run
+    summary, rows = config_of(folder, "summary"), read_metrics(folder)
+    (folder / "summary.json").unlink()
+    assert run_main(script, capsys, "--resume", folder)[0] == 0
+    again, timed = config_of(folder, "summary"), ("sps", "seconds")
+    for name in timed:
+        assert [again.pop(name) > 0, summary.pop(name) > 0] == [True, True]
+    for name in ("resume", "run_dir"):
+        again["args"].pop(name), summary["args"].pop(name)
+    assert again == summary
+    ours = [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(folder)]
+    assert ours == [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
 @pytest.mark.parametrize("others", [("--evaluate",), ("--run-dir",)], ids=lambda options: options[0])
 def test_a_run_has_one_folder(finished, others, capsys):
     """Even if both options name the same one."""
@@ -363,9 +379,9 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(run, kind, damage, ca
 
 def test_a_checkpoint_is_no_policy_and_a_policy_no_checkpoint(finished, capsys):
     script, folder = finished
-    for option, name in (("--evaluate", "checkpoint.pt"), ("--resume", "policy.pt")):
+    for option, name in (("--evaluate", "checkpoint.pt"), ("--resume", "policy.pt"), ("--resume", "checkpoint.pt")):
         sentence = one_sentence(run_main(script, capsys, option, folder / name, "--total-timesteps", 800))
-        assert f"it is {script.__name__} {name[:-3]} 2" in sentence
+        assert f"it is {script.__name__} {name[:-3]} 2; give a run's folder." in sentence
 
 
 # --- Time, disk, memory ---

@@ -174,7 +174,7 @@ def test_bad_options_get_one_sentence_and_exit_code_2(options, tmp_path, monkeyp
 
 
 @over(SMACV2)
-def test_options_of_the_game_reach_it(script, tmp_path, capsys):
+def test_options_of_the_game_reach_it(script, tmp_path, monkeypatch, capsys):
     options = ["--map", "terran_3_vs_2", "--backend", "sim", "--env-options", "enemy_wipe", "True"]
     options += ["reward_scale", "first_episode", "--total-timesteps", 4, "--eval-episodes", 2, "--run-dir", tmp_path]
     assert run_main(script, capsys, *options)[0] == 0
@@ -183,6 +183,12 @@ def test_options_of_the_game_reach_it(script, tmp_path, capsys):
     env, eval_env, *_ = script.prepare(script.Args(**options))
     assert {(game.enemy_wipe, game.reward_scale) for game in (env, eval_env)} == {(True, "first_episode")}
     assert run_main(script, capsys, "--resume", tmp_path, "--total-timesteps", 8)[0] == 0
+    seen, make_env = [], script.make_env
+    monkeypatch.setattr(script, "make_env", lambda args, *rest: seen.append(args.env_options) or make_env(args, *rest))
+    assert run_main(script, capsys, "--evaluate", tmp_path, "--env-options", "enemy_wipe", "False")[0] == 0
+    assert seen == [{"enemy_wipe": False, "reward_scale": "first_episode"}] * 2  # what is not given is as it was
+    line = ("--resume", tmp_path, "--total-timesteps", 12, "--env-options", "enemy_wipe", "False")
+    assert "error: env_options is" in one_sentence(run_main(script, capsys, *line))
 
 
 def test_a_policy_of_another_map_gets_one_sentence(finished_run, capsys):
