@@ -78,7 +78,7 @@ EXPERIMENTS = {  # where, environment steps, and for each algorithm its command 
 # both counted; the growth is Soft-QMIX's; matrix games: 64 seeds at two weights, 2026-11-22 (results/matrix.md). MAPPO,
 # FOP, HASAC: docs/mappo.md, docs/fop.md, docs/hasac.md, 2026-11-25.
 HOURS = {"softqmix_smacv2": 0.69, "qmix_smacv2": 0.45, "softqmix_mpe": 0.64, "qmix_mpe": 0.46}
-HOURS |= {"softqmix_matrix": 2.2, "qmix_matrix": 2.2, "mappo_smacv2": 0.22, "fop_smacv2": 0.9, "hasac_smacv2": 7.5}
+HOURS |= {"softqmix_matrix": 2.2, "qmix_matrix": 2.2, "mappo_smacv2": 0.3, "fop_smacv2": 0.9, "hasac_smacv2": 7.5}
 GROWTH = {5: 1.0, 10: 2.2, 20: 6.5}
 # What a run's process does before it becomes the script: it will stop itself (SIGTERM, so with a checkpoint) as soon as
 # its standard input ends, because the process that started it closes it or is no more.

@@ -77,7 +77,7 @@ class Args:
     title: str = ""
     """above the picture"""
     labels: tuple[str, ...] = ()
-    """what the picture calls the algorithms of the table, such as qmix_smacv2=QMIX"""
+    """what the picture calls the algorithms of the table, such as qmix_smacv2=QMIX; colours follow the order given"""
     columns: int = 3
     """panels in a row"""
     size: tuple[float, float] | None = None
@@ -344,21 +344,21 @@ def marl_eval(runs: list[Run], final: int) -> dict:
 
 
 def shown_names(labels: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
-    """What the picture calls each label."""
-    shown = dict(zip(labels, labels, strict=True))
+    """What the picture calls each label; those that are given a name come first, in that order."""
+    shown = {}
     for text in wanted:  # labels hold =, too
         name = max((label for label in labels if text.startswith(f"{label}=")), key=len, default=None)
         if name is None:
             raise InputError(f"--labels has {text!r}; it must be one of {', '.join(labels)}, then = and what to show.")
         shown[name] = text[len(name) + 1 :]
-    return shown
+    return shown | {label: label for label in labels if label not in shown}
 
 
 def draw(groups: dict, measures: dict, args: Args) -> None:
     """A panel a place, one legend for all. Limits follow the curves, not the bands."""
     places = list(dict.fromkeys(place for place, _ in groups))
-    labels = sorted({label for _, label in groups})
-    shown = shown_names(labels, args.labels)
+    shown = shown_names(sorted({label for _, label in groups}), args.labels)
+    labels = list(shown)
     columns = min(args.columns, len(places))
     rows = -(-len(places) // columns)
     size = args.size or ({1: 4.5, 2: 6.5}.get(columns, 2.5 * columns), (2.4 if columns == 1 else 2.0) * rows + 0.9)

@@ -55,7 +55,7 @@ class Args:
     sizes: tuple[Literal["mpe", "protoss_5_vs_5", "protoss_10_vs_10"], ...] = tuple(SIZES)  # which problems
     batch_size: int = 128  # episodes
     repeats: int = 7  # the minimum of so many is printed
-    threads: int = 2  # of PyTorch on the CPU; the scripts take two
+    threads: int = 2  # of PyTorch on the CPU; the scripts take one
     cuda: bool = True  # use the GPU if there is one
     json: str | None = None  # also write the figures to this file
 

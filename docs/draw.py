@@ -106,7 +106,8 @@ def architecture(path: Path) -> None:
         ["softmax($f_i$ / α), available", "actions: acts in training"],
         TRAINING,
     )
-    box(axis, 104, 39, 22, 11, "$Q_{tot}$ (R)", ["$L_Q$ trains agent, g, mixer;", "$L_\\pi$ trains f alone"], TRAINING)
+    losses = ["$L_Q$ trains agent, g, mixer;", "$L_\\pi$ trains f alone"]
+    box(axis, 104, 39, 22, 11, "$Q_{tot}$ (R) and losses", losses, TRAINING)
     arrow(axis, [(17.5, 45.5), (41, 45.5)], EXECUTION)
     arrow(axis, [(63, 44.5), (72, 44.5)], TRAINING, "$Q_i$ (R, N)\nof actions\ntaken", (67.3, 40.3))
     arrow(axis, [(63, 48), (67, 48), (67, 59.5), (72, 59.5)], TRAINING, "$Q_i$ (R, N, A)", (61.2, 57.5))

@@ -425,8 +425,9 @@ def test_labels_may_hold_anything_and_can_be_renamed(tmp_path, monkeypatch, caps
     run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.pdf")  # drawn, too: $ is no mathematics
     assert (tmp_path / "x.pdf").stat().st_size > 1000
     axes = draw(monkeypatch, capsys, tmp_path, "--labels", "soft alpha=0.1=Soft, α = .1", "$x=_Q$")[0]
-    names = ("_Q$", "_hidden", "Soft, α = .1", "soft alpha=0.2")
+    names = ("Soft, α = .1", "_Q$", "_hidden", "soft alpha=0.2")  # renamed ones first, as they were given
     assert legend(axes) == [f"{name} (1 seed, few)" for name in names]
+    assert [handle.get_color() for handle in axes.figure.legends[0].legend_handles] == ["C0", "C1", "C2", "C3"]
 
 
 def test_more_than_ten_groups_can_be_told_apart(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import grid
 import pytest
 import tyro
 
+import experiments
 import softqmix_smacv2
 from envs.pettingzoo_batch import PettingZooBatch
 from envs.smacv2_sim import SMACv2Sim
@@ -103,6 +104,13 @@ def test_options_of_the_games_named_in_the_text_exist():
             assert set(words.split()[::2]) <= known
 
 
+def test_lines_are_short_enough_for_a_terminal():
+    """But for tables, and what stands alone in a line since it cannot be broken."""
+    for name, text in DOCUMENTS.items():
+        long = [line for line in text.splitlines() if len(line) > 120 and " " in line and line[0] not in "| "]
+        assert not long, name
+
+
 def test_nothing_is_left_to_fill_in():
     assert not [name for name, text in DOCUMENTS.items() if re.search(r"@@|\bRATIO\b", text)]
 
@@ -114,6 +122,17 @@ def test_the_first_screen_holds_two_lines_that_do_everything_and_ci_runs_the_sec
     assert commands(f"    {work[1]}") == [("softqmix_smacv2", " --map protoss_5_vs_5 --alpha 0.03")]
     assert tests[1] == ".venv/bin/python -m pytest"
     assert (ROOT / ".ci" / "run").read_text().splitlines().count(lines[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "words"),
+    [((), r"(\d+) runs and ([\d,]+) hours of one core"), (("softqmix", "qmix"), r"(\d+) runs, ([\d,]+) hours")],
+)
+def test_the_hours_of_figure_3_are_what_the_runner_says(algorithms, words, tmp_path):
+    number, hours = re.search(words, DOCUMENTS["README.md"]).groups()
+    runs, _ = experiments.plan(experiments.Args("figure3", algorithms=algorithms, folder=str(tmp_path)))
+    assert int(number) == len(runs)
+    assert int(hours.replace(",", "")) == pytest.approx(sum(run.hours() for run in runs), rel=0.005)
 
 
 def anchors(text: str) -> set[str]:
