@@ -264,10 +264,10 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
     return sorted(runs.values(), key=lambda run: run.options["seed"]), missing
 
 
-def unused(folder: Path) -> Path:
-    """This folder, or the first of FOLDER-2, FOLDER-3, ... that does not exist."""
+def unused(folder: Path, taken=()) -> Path:
+    """This folder, or the first of FOLDER-2, FOLDER-3, ... that neither exists nor is taken."""
     names = (folder.with_name(f"{folder.name}-{number}") if number > 1 else folder for number in count(1))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if name not in taken and not name.exists())
 
 
 def locked(folder: Path, patience: float = 0) -> bool:
@@ -302,6 +302,7 @@ def find(runs: list[Run], folder: str) -> None:
             config = json.loads(file.read_text())
             script = wanted[config.get("algorithm", config["args"]["exp_name"])]
             holders[identity(script, config.get("simulator_version"), config["args"])].append(file.parent)
+    taken = set()
     for run in runs:
         order, best = ["new", "unfinished", "in use", "finished"], (0, 0)
         for place in holders[run.identity]:
@@ -309,7 +310,8 @@ def find(runs: list[Run], folder: str) -> None:
             if (rank := (order.index(there.state), there.progress()[0])) > best and there.state != "new":
                 run.folder, run.state, best = there.folder, there.state, rank
         if run.state == "new":  # what has its name is something else, or cannot be resumed
-            run.folder = unused(run.folder)
+            run.folder = unused(run.folder, taken)
+            taken.add(run.folder)
 
 
 # --- Doing what is left -----------------------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ def play(script, args, env, networks, seed: int) -> tuple[list[dict], str]:
             row = {"step": len(rewards) - 1, "agent": i, "action": u, "name": names[i][u]}
             row |= {name: column[i].item() for name, column in columns.items()}
             rows.append(row | {"q_tot": q_tot, "reward": rewards[-1]})
+        if np.any(info.get("invalid", False)):
+            raise InputError("The game failed during the episode: try again.")
         ended = terminated[0] or truncated[0]
     for row in rows:
         ahead = rewards[row["step"] :]
@@ -207,9 +209,9 @@ def main() -> int:
         title = f"{name} on {env.name} after {saved['step']:,} steps; episode {args.seed}: return {total:.3g}{end}"
         write(folder / "battle.csv", text.getvalue().encode())
         write(folder / "battle.png", draw(rows, title))
-    except InputError as error:
+    except (InputError, ConnectionError) as error:  # the latter: StarCraft II failed for good
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     print(f"{title}\n{folder / 'battle.csv'}, {folder / 'battle.png'}")
     return 0
 

@@ -18,7 +18,9 @@ scipy. A bootstrap of few seeds is too narrow: of normal data, it covers the mea
 in 84 %, with 10 in 91 %. Fewer than five are called few.
 """
 
+import io
 import json
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -354,6 +356,22 @@ def shown_names(labels: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
     return shown | {label: label for label in labels if label not in shown}
 
 
+def write(path: Path, content: bytes) -> None:
+    """Under a temporary name and renamed, so that no file is ever left half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def picture(figure: plt.Figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:].lower(), dpi=200)
+    write(path, image.getvalue())
+
+
 def draw(groups: dict, measures: dict, args: Args) -> None:
     """A panel a place, one legend for all. Limits follow the curves, not the bands."""
     places = list(dict.fromkeys(place for place, _ in groups))
@@ -413,7 +431,7 @@ def draw(groups: dict, measures: dict, args: Args) -> None:
         text.set_text(f"{shown[label]} ({number} seed{'s' if number != '1' else ''}{few})")
     if args.title:
         figure.suptitle(args.title, parse_math=False)
-    figure.savefig(args.out, dpi=200)
+    picture(figure, Path(args.out))
     plt.close(figure)
 
 
@@ -448,7 +466,7 @@ def matrix_picture(run_dir: Path) -> Path:
     figure.colorbar(image, ax=grid[0], label="payoff, Q_tot", extend="both")
     grid[1, 0].remove()
     figure.legend(*below.get_legend_handles_labels(), title="policies", fontsize="x-large", loc="lower left")
-    figure.savefig(run_dir / "q_tot.png", dpi=200)
+    picture(figure, run_dir / "q_tot.png")
     return run_dir / "q_tot.png"
 
 
@@ -536,7 +554,7 @@ def main() -> int:
         print("\n".join(lines))
         draw(groups | (overall if args.aggregate else {}), measures, args)
         if file := args.json:
-            Path(file).write_text(json.dumps(marl_eval(runs, args.final), indent=1))
+            write(Path(file), json.dumps(marl_eval(runs, args.final), indent=1).encode())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

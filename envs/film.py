@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,9 @@ def save_film(frames, path, fps=8):
             writer.send(np.ascontiguousarray(frame))
         writer.close()
         os.replace(temporary, movie)
+    except (OSError, RuntimeError) as error:  # no ffmpeg, or a full disk: the GIF is there
+        print(f"warning: {movie} is left out ({str(error).splitlines()[0]})", file=sys.stderr)
+        return [path]
     finally:
         temporary.unlink(missing_ok=True)
     return [path, movie]

@@ -355,6 +355,11 @@ class StarCraft2:
             *batch, info, _ = self._begin(seeded=True)
             info["invalid"][:] = True
             return *batch, info
+        actions = np.asarray(actions)
+        if actions.shape != self._mask.shape[:2] or actions.dtype.kind not in "iu":
+            raise ValueError(f"actions are {actions.dtype} {actions.shape}, expected integers {self._mask.shape[:2]}")
+        if not ((actions >= 0) & (actions < self.num_actions)).all():
+            raise ValueError(f"the actions are not all from 0 to {self.num_actions - 1}")
         if not np.take_along_axis(self._mask, actions[..., None], axis=-1).all():
             raise ValueError("an agent got an action that its mask forbids")  # the game would be lost over it
         for e, action in enumerate(actions.tolist()):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,13 @@ def test_a_run_has_one_thread_or_what_the_environment_says(house, monkeypatch):
             monkeypatch.setenv("OMP_NUM_THREADS", given)
         run(f"custom --scripts toy_mpe --seeds {threads} --workers 1 --run")
         assert (house / f"runs/hard__toy_mpe__{threads}.log").read_text() == f"trained {threads} with {threads}\n"
+
+
+def test_runs_that_would_be_called_alike_get_folders_of_their_own(house):
+    Path("runs/hard__toy_mpe__1-2").mkdir(parents=True)  # somebody's
+    commands = run("custom --scripts toy_mpe --vary backend batched mpe2 other --print").splitlines()
+    folders = [words[words.index("--run-dir") + 1] for words in map(shlex.split, commands)]
+    assert folders == ["runs/hard__toy_mpe__1", "runs/hard__toy_mpe__1-3", "runs/hard__toy_mpe__1-4"]
 
 
 def put(folder, args, algorithm="toy_mpe", **files):

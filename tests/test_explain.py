@@ -131,6 +131,30 @@ def test_what_cannot_be_explained_gets_one_sentence(change, words, expected, tmp
     assert not list(tmp_path.rglob("battle.*p*"))
 
 
+@pytest.mark.parametrize(
+    ("outcome", "code", "words"),
+    [({"invalid": np.array([True])}, 2, "failed during the episode: try again"), (ConnectionError("gone"), 1, "gone")],
+)
+def test_a_game_that_fails_is_not_explained(outcome, code, words, tmp_path, monkeypatch, capsys):
+    """As StarCraft II may: the views after a lost battle are those of another one."""
+    train(SMACV2[1], small_args(SMACV2[1], tmp_path, total_timesteps=4, eval_interval=4, eval_episodes=1))
+    capsys.readouterr()
+    step = SMACv2Sim.step
+
+    def fails(env, action):
+        if isinstance(outcome, Exception):
+            raise outcome
+        *views, info = step(env, action)
+        return *views, info | outcome
+
+    monkeypatch.setattr(SMACv2Sim, "step", fails)
+    ended, output = run_main(explain, capsys, tmp_path)
+    assert (ended, output.count("\n")) == (code, 1)
+    assert output.startswith("error: ")
+    assert words in output
+    assert not list(tmp_path.glob("battle.*"))
+
+
 def test_networks_of_another_size_are_refused(tmp_path, capsys):
     train(MPE[1], small_args(MPE[1], tmp_path, total_timesteps=4, eval_interval=4, eval_episodes=1))
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

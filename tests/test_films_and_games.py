@@ -1,8 +1,10 @@
 """--capture-video in every script that plays a game, and --env in the MPE scripts: other people's environments."""
 
 import functools
+import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +93,18 @@ def test_a_full_disk_leaves_no_half_of_a_film(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="is the disk full"):
         save_film([np.zeros((8, 8, 3), np.uint8)], tmp_path / "film.gif")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_ffmpeg_the_gif_is_kept_and_the_run_ends_well(tmp_path, monkeypatch, capsys):
+    def write_frames(*_, **__):
+        raise RuntimeError("No ffmpeg exe could be found.\nInstall it.")
+
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", SimpleNamespace(write_frames=write_frames))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "imageio_ffmpeg")
+    assert save_film([np.zeros((8, 8, 3), np.uint8)], tmp_path / "film.gif") == [tmp_path / "film.gif"]
+    assert [path.name for path in tmp_path.iterdir()] == ["film.gif"]
+    warning = f"warning: {tmp_path / 'film.mp4'} is left out (No ffmpeg exe could be found.)\n"
+    assert capsys.readouterr().err == warning
 
 
 # --- Games by name ---

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
@@ -438,6 +439,27 @@ def test_more_than_ten_groups_can_be_told_apart(tmp_path, monkeypatch, capsys):
     assert len(styles) == 25
     handles = axes.figure.legends[0].legend_handles
     assert len({(handle.get_color(), str(handle._dash_pattern)) for handle in handles}) == 25
+
+
+@pytest.mark.parametrize("name", ["curves.png", "runs.json"])
+def test_a_full_disk_leaves_the_older_file(name, tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "runs" / "a", "soft", 1, [0.3, 0.4])
+    options = (tmp_path / "runs", "--out", tmp_path / "curves.png", "--json", tmp_path / "runs.json")
+    assert run_plot(monkeypatch, capsys, *options)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    write_bytes = Path.write_bytes
+
+    def half(path, data):
+        if not path.name.startswith(name):
+            return write_bytes(path, data)
+        write_bytes(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", half)
+    code, captured = run_plot(monkeypatch, capsys, *options)
+    assert code == 2
+    assert f"{name} cannot be written" in captured.err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_a_single_test_is_drawn_as_a_point(tmp_path, monkeypatch, capsys):

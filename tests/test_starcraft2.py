@@ -233,6 +233,12 @@ def test_forbidden_action_is_refused_before_the_package_dies_of_it(make_env):
     env.reset()
     with pytest.raises(ValueError, match="mask forbids"):
         env.step(np.zeros((1, 5), np.int64))  # no-op is for the dead
+    for wrong in (np.full((1, 5), -1), np.full((1, 5), env.num_actions)):
+        with pytest.raises(ValueError, match="the actions are not all from 0 to"):
+            env.step(wrong)
+    for wrong in (np.ones((1, 5)), np.ones((1, 4), np.int64), np.ones(5, np.int64)):
+        with pytest.raises(ValueError, match="expected integers"):
+            env.step(wrong)
     env.step(np.ones((1, 5), np.int64))
     assert env.restarts == 0
 
