@@ -41,8 +41,10 @@ Not modelled: the game's own path finding and crowd steering (ours only looks at
 firing arcs; a unit's call for help to idle friends; re-targeting by an enemy that has an order (the map script has
 none either). Assumed, because neither the package nor the catalogue settles it: a shot broken off during wind-up leaves
 the weapon ready; missiles never miss a living target and outlive their shooter; a colossus' beam and a zealot's second
-hit end with their owner; a medivac follows its patient even at full health; units meet splash with their edge;
-each stage of an attack (wind-up, flight, beam, second hit) rounds up to whole loops and carries no fraction over.
+hit end with their owner; a medivac follows its patient even at full health; an enemy medivac, which cannot attack,
+flies towards the ally at which the script sends it, healing on its way (so the game's curves suggest,
+results/smacv2_sim.md); units meet splash with their edge; each stage of an attack (wind-up, flight, beam, second hit)
+rounds up to whole loops and carries no fraction over.
 """
 
 import functools
@@ -73,7 +75,9 @@ allocating_kernel = njit(cache=CACHE, error_model="numpy")  # kept between runs;
 # Most kernels make no array, so that numba need not count who refers to one: its atomic counters took half of the time.
 kernel = njit(cache=CACHE, error_model="numpy", _nrt=False)
 
-SIMULATOR_VERSION = "1"  # changes whenever the same seed and actions may give another battle
+# A race's number changes whenever the same seed and actions may give it another battle. Terran, version 2: enemy
+# medivacs come along; in version 1 they stayed where they started.
+SIMULATOR_VERSIONS = {"protoss": 1, "terran": 2, "zerg": 1}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units
@@ -833,8 +837,8 @@ def command_enemies(units, table, battle, N):
     """Orders of the enemies that have none.
 
     The map script looks every half second and sends each idle enemy at the nearest ally, whatever that is; an order
-    its weapon cannot carry out (a marauder's on a medivac, any of a medivac's) is refused. In between, the game's own
-    reflex attacks what comes near, armed units first, and enemy medivacs heal.
+    its weapon cannot carry out (a marauder's on a medivac) is refused; a medivac moves there. In between, the game's
+    own reflex attacks what comes near, armed units first, and enemy medivacs heal, whether they move or not.
     """
     scripted = battle.clock % LOOPS_PER_STEP == battle.phase
     for j in range(N, len(units)):
@@ -846,11 +850,20 @@ def command_enemies(units, table, battle, N):
                 patient = units[me.target]
                 if not patient.alive or patient.health >= table[patient.type].health or me.energy <= 0:
                     me.order = NO_ORDER
-            if me.order == NO_ORDER and me.energy >= AUTO_HEAL_ENERGY:
+            if me.order != TARGET and me.energy >= AUTO_HEAL_ENERGY:
                 patient_index = find_patient(units, j, table, N)
                 if patient_index >= 0:
                     me.order = TARGET
                     me.target = patient_index
+            if me.order == NO_ORDER and scripted:
+                nearest_away = np.inf
+                for i in range(N):
+                    ally = units[i]
+                    if ally.alive and distance(me, ally) < nearest_away:
+                        nearest_away = distance(me, ally)
+                        me.order = MOVE
+                        me.order_x = ally.x
+                        me.order_y = ally.y
             continue
         if me.order == TARGET and units[me.target].alive:
             continue
@@ -1360,7 +1373,6 @@ class SMACv2Sim:
     """
 
     backend, episode_limit, restarts = "sim", EPISODE_LIMIT, 0
-    title = f"Simulator smacv2_sim version {SIMULATOR_VERSION}: SMACv2's rules, but NOT StarCraft II, nor its results."
 
     def __init__(
         self, map_name, num_envs, seed=0, *, reward_scale="expected", enemy_wipe=False, unit_table="wol", **unknown
@@ -1374,7 +1386,9 @@ class SMACv2Sim:
         self.reward_scale = check_choice("reward_scale", reward_scale, ("expected", "first_episode"))
         self.unit_table = check_choice("unit_table", unit_table, tuple(UNIT_TABLES))
         self.enemy_wipe = check_flag("enemy_wipe", enemy_wipe)
-        self.about = {"backend": self.backend, "simulator_version": SIMULATOR_VERSION}
+        version = SIMULATOR_VERSIONS[self.race]
+        self.title = f"Simulator smacv2_sim version {version}: SMACv2's rules, but NOT StarCraft II, nor its results."
+        self.about = {"backend": self.backend, "simulator_version": str(version)}
         E, N, M = self.num_envs, self.num_agents, self.num_enemies
         is_terran, shields = self.race == "terran", int(self.race == "protoss")
         self.num_actions = FIRST_TARGET + (max(N, M) if is_terran else M)
@@ -1566,7 +1580,7 @@ class SMACv2Sim:
         names = (races.index(self.race), tables.index(self.unit_table))
         sizes = (self.num_envs, self.num_agents, self.num_enemies)
         flags = (self.reward_scale == "first_episode", self.enemy_wipe)
-        return np.array([int(SIMULATOR_VERSION), *names, *sizes, *flags], np.int64)
+        return np.array([SIMULATOR_VERSIONS[self.race], *names, *sizes, *flags], np.int64)
 
     def close(self):
         """Nothing to do, since no process and no file is held; for programs that close their environments."""

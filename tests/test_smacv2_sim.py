@@ -1085,6 +1085,41 @@ def test_an_enemy_medivac_lets_go_of_a_healed_patient_and_looks_for_the_next():
     assert units(env)["order"][1] == sim.NO_ORDER
 
 
+def test_an_enemy_medivac_flies_towards_the_nearest_ally_whenever_the_script_looks():
+    """Not before, not without anybody to fly to, and on from where the ally was to where it is."""
+    allies = [unit("marauder", 10, 10), unit("marauder", 10, 29)]
+    env = battle(allies, [unit("medivac", 20, 10), unit("medivac", 28, 28)])
+    phase = env._world.battles[0]["phase"]
+    for loop in range(sim.LOOPS_PER_STEP):
+        assert (units(env)["order"][2:] == (sim.MOVE if loop > phase else sim.NO_ORDER)).all()
+        loops(env, 1)
+    assert units(env)["order_x"][2:].tolist() == [10, 10]
+    assert units(env)["order_y"][2:].tolist() == [10, 29]
+    units(env)["y"][0] = 14
+    loops(env, 200)
+    assert (units(env)["x"][2], units(env)["y"][2]) == pytest.approx((10, 14), abs=0.5)
+    units(env)["alive"][:2] = 0
+    loops(env, 100)
+    assert units(env)["order"][2:].tolist() == [sim.NO_ORDER] * 2
+
+
+def test_an_enemy_medivac_on_its_way_turns_to_a_patient_and_goes_on_when_it_is_healed():
+    env = battle([unit("marauder", 4, 10), unit("marauder", 4, 29)], [unit("medivac", 24, 10), unit("marine", 24, 30)])
+    units(env)["attack"][:2], units(env)["energy"][2] = 99, 50  # these never shoot
+    loops(env, 16)
+    assert units(env)["order"][2] == sim.MOVE
+    units(env)["x"][3], units(env)["y"][3], units(env)["health"][3] = 22, 12, 44
+    units(env)["order"][3] = sim.NO_ORDER
+    loops(env, 1)
+    assert (units(env)["order"][2], units(env)["target"][2]) == (sim.TARGET, 3)
+    loops(env, 3 + sim.LOOPS_PER_STEP)
+    assert units(env)["health"][3] == 45
+    assert units(env)["order"][2] == sim.MOVE
+    units(env)["health"][3], units(env)["energy"][2] = 40, 4  # less than it needs to begin
+    loops(env, 8)
+    assert units(env)["order"][2] == sim.MOVE
+
+
 def test_ally_medivac_does_not_heal_by_itself():
     env = battle([unit("marine", 10, 10, 5), unit("medivac", 11, 10, energy=50)], [unit("medivac", 28, 28)] * 2)
     act(env, STOP, STOP)
