@@ -41,11 +41,10 @@ Not modelled: the game's own path finding and crowd steering (ours only looks at
 firing arcs; a unit's call for help to idle friends; re-targeting by an enemy that has an order (the map script has
 none either). Assumed, because neither the package nor the catalogue settles it: a shot broken off during wind-up leaves
 the weapon ready; missiles never miss a living target and outlive their shooter; a colossus' beam and a zealot's second
-hit end with their owner; a medivac follows its patient even at full health; units meet splash with their edge; each
-stage of an attack (wind-up, flight, beam, second hit) rounds up to whole loops and carries no fraction over. Two of
-these were chosen since version 2 so that QMIX learns as fast as in the game (results/smacv2_sim.md): any order,
-also the same attack again, breaks off a wind-up; and an enemy medivac, which cannot attack, flies towards the ally at
-which the script sends it, healing on its way.
+hit end with their owner; a medivac follows its patient even at full health; an enemy medivac, which cannot attack,
+flies towards the ally at which the script sends it, healing on its way (so the game's curves suggest,
+results/smacv2_sim.md); units meet splash with their edge; each stage of an attack (wind-up, flight, beam, second hit)
+rounds up to whole loops and carries no fraction over.
 """
 
 import functools
@@ -76,7 +75,9 @@ allocating_kernel = njit(cache=CACHE, error_model="numpy")  # kept between runs;
 # Most kernels make no array, so that numba need not count who refers to one: its atomic counters took half of the time.
 kernel = njit(cache=CACHE, error_model="numpy", _nrt=False)
 
-SIMULATOR_VERSION = "2"  # changes whenever the same seed and actions may give another battle
+# A race's number changes whenever the same seed and actions may give it another battle. Terran, version 2: enemy
+# medivacs come along; in version 1 they stayed where they started.
+SIMULATOR_VERSIONS = {"protoss": 1, "terran": 2, "zerg": 1}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units
@@ -1017,7 +1018,8 @@ def give_order(units, i, action, rules):
         j = action - FIRST_TARGET + (0 if me.type == MEDIVAC else rules.num_agents)
         if me.type != MEDIVAC and not can_attack(rules.table, me, units[j]):
             return  # the game refuses the order, and the unit goes on as before
-        break_off(me)
+        if me.attack_target != j:
+            break_off(me)
         me.order = TARGET
         me.target = j
         return
@@ -1371,7 +1373,6 @@ class SMACv2Sim:
     """
 
     backend, episode_limit, restarts = "sim", EPISODE_LIMIT, 0
-    title = f"Simulator smacv2_sim version {SIMULATOR_VERSION}: SMACv2's rules, but NOT StarCraft II, nor its results."
 
     def __init__(
         self, map_name, num_envs, seed=0, *, reward_scale="expected", enemy_wipe=False, unit_table="wol", **unknown
@@ -1385,7 +1386,9 @@ class SMACv2Sim:
         self.reward_scale = check_choice("reward_scale", reward_scale, ("expected", "first_episode"))
         self.unit_table = check_choice("unit_table", unit_table, tuple(UNIT_TABLES))
         self.enemy_wipe = check_flag("enemy_wipe", enemy_wipe)
-        self.about = {"backend": self.backend, "simulator_version": SIMULATOR_VERSION}
+        version = SIMULATOR_VERSIONS[self.race]
+        self.title = f"Simulator smacv2_sim version {version}: SMACv2's rules, but NOT StarCraft II, nor its results."
+        self.about = {"backend": self.backend, "simulator_version": str(version)}
         E, N, M = self.num_envs, self.num_agents, self.num_enemies
         is_terran, shields = self.race == "terran", int(self.race == "protoss")
         self.num_actions = FIRST_TARGET + (max(N, M) if is_terran else M)
@@ -1577,7 +1580,7 @@ class SMACv2Sim:
         names = (races.index(self.race), tables.index(self.unit_table))
         sizes = (self.num_envs, self.num_agents, self.num_enemies)
         flags = (self.reward_scale == "first_episode", self.enemy_wipe)
-        return np.array([int(SIMULATOR_VERSION), *names, *sizes, *flags], np.int64)
+        return np.array([SIMULATOR_VERSIONS[self.race], *names, *sizes, *flags], np.int64)
 
     def close(self):
         """Nothing to do, since no process and no file is held; for programs that close their environments."""

@@ -69,7 +69,7 @@ def test_games_say_what_they_are():
     sim, batched, mpe2 = SMACv2Sim(MAP, 1), Spread("hard", 1), SpreadMPE2("simple", 1)
     assert [env.backend for env in (sim, batched, mpe2)] == ["sim", "batched", "mpe2"]
     assert "NOT StarCraft II" in sim.title
-    assert sim.about == {"backend": "sim", "simulator_version": "2"}
+    assert sim.about == {"backend": "sim", "simulator_version": "2"}  # of terran
     assert batched.title == "MPE Spread (hard), batched"
     assert mpe2.title == f"MPE Spread (simple), mpe2 {mpe2.about['mpe2']}"
 

@@ -737,18 +737,12 @@ def test_a_move_order_stops_a_shot_only_during_wind_up(after, hits):
     assert units(env)["x"][0] < 9
 
 
-def test_the_same_attack_order_again_restarts_the_wind_up_but_ends_no_flight():
+def test_the_same_attack_order_again_does_not_restart_the_wind_up():
     env = battle([unit("stalker", 10, 10)], [unit("stalker", 15, 10)])
-    units(env)["cooldown"][1] = 99
     for _ in range(5):
         act(env, FIRST_TARGET)
         loops(env, 1)
-    assert units(env)["attack"][0] == sim.WIND_UP
-    loops(env, 4)
     assert units(env)["attack"][0] == sim.FLIGHT
-    cooldown = units(env)["cooldown"][0]
-    act(env, FIRST_TARGET)
-    assert (units(env)["attack"][0], units(env)["cooldown"][0]) == (sim.FLIGHT, cooldown)
 
 
 def test_a_missile_outlives_its_shooter_and_a_wind_up_does_not():
