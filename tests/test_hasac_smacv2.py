@@ -314,7 +314,7 @@ def test_targets_by_hand(monkeypatch):
     networks.log_alpha.data[:] = torch.tensor([9.0, 9, 9, math.log(0.3)])  # the agents' temperatures have no part
     batch = random_batch()
     monkeypatch.setattr(script, "sample", lambda log_policy, mask: F.one_hot(log_policy.argmax(-1), 5).float())
-    y = script.compute_targets(networks, weights, batch, args)
+    y = script.compute_targets(networks, weights, batch)
     assert not y.requires_grad
     torch.testing.assert_close(y[40:], batch.returns[40:], rtol=0, atol=0)
     for b in range(40):
@@ -338,7 +338,7 @@ def test_the_critics_step_by_hand():
     batch = random_batch()
     critic, before = copy.deepcopy(networks.critic), copy.deepcopy(networks.target)
     torch.manual_seed(5)
-    y = script.compute_targets(networks, weights, batch, args)
+    y = script.compute_targets(networks, weights, batch)
     adam = torch.optim.Adam(critic.parameters(), lr=1e-2)
     x = torch.cat([batch.state, F.one_hot(batch.action, 5).flatten(1)], 1)
     q = [net[2](net[1](net[0](x).relu()).relu()).squeeze(1) for net in critic.twins]
