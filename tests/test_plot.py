@@ -23,6 +23,12 @@ def write_run(folder, name, seed, win_rates, backend="sim", algorithm=None, plac
     (folder / "metrics.csv").write_text("\n".join(["step,win_rate,return_mean,seconds", *rows]))
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Pictures go to the folder in which the command is called."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run_plot(monkeypatch, capsys, *options):
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, options)])
     return plot.main(), capsys.readouterr()
