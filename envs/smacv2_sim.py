@@ -855,17 +855,9 @@ def command_enemies(units, table, battle, N):
                 if patient_index >= 0:
                     me.order = TARGET
                     me.target = patient_index
-            if me.order == NO_ORDER and scripted:
-                nearest_away = np.inf
-                for i in range(N):
-                    ally = units[i]
-                    if ally.alive and distance(me, ally) < nearest_away:
-                        nearest_away = distance(me, ally)
-                        me.order = MOVE
-                        me.order_x = ally.x
-                        me.order_y = ally.y
-            continue
-        if me.order == TARGET and units[me.target].alive:
+            if me.order != NO_ORDER or not scripted:
+                continue
+        elif me.order == TARGET and units[me.target].alive:
             continue
         me.order = NO_ORDER
         nearest, nearest_away = -1, np.inf
@@ -886,6 +878,10 @@ def command_enemies(units, table, battle, N):
         if noticed >= 0:
             me.order = TARGET
             me.target = noticed
+        elif me.type == MEDIVAC and nearest >= 0:
+            me.order = MOVE
+            me.order_x = units[nearest].x
+            me.order_y = units[nearest].y
 
 
 @kernel
@@ -1331,6 +1327,14 @@ def check_flag(name, value):
     return bool(value)
 
 
+def check_actions(actions, shape):
+    """The actions as an array; ValueError unless they are integers of this shape."""
+    actions = np.asarray(actions)
+    if actions.shape != shape or actions.dtype.kind not in "iu":
+        raise ValueError(f"actions are {actions.dtype} {actions.shape}, expected integers {shape}")
+    return actions
+
+
 def refuse_unknown(game, options, environment):
     """ValueError if there are any options: those that the environment's constructor has not taken for its own."""
     if options:
@@ -1472,12 +1476,7 @@ class SMACv2Sim:
 
         Errors: ValueError for a wrong shape or type, or an unavailable action; nothing has happened then.
         """
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs, self.num_agents) or actions.dtype.kind not in "iu":
-            raise ValueError(
-                f"actions are {actions.dtype} {actions.shape}, expected integers {(self.num_envs, self.num_agents)}"
-            )
-        actions = np.ascontiguousarray(actions, np.int64)
+        actions = np.ascontiguousarray(check_actions(actions, (self.num_envs, self.num_agents)), np.int64)
         E = self.num_envs
         views = self._new_views()
         outcome = Outcome(

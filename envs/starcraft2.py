@@ -21,6 +21,7 @@ import numpy as np
 
 from envs.smacv2_sim import (
     RACES,
+    check_actions,
     check_choice,
     check_flag,
     check_integer,
@@ -355,9 +356,7 @@ class StarCraft2:
             *batch, info, _ = self._begin(seeded=True)
             info["invalid"][:] = True
             return *batch, info
-        actions = np.asarray(actions)
-        if actions.shape != self._mask.shape[:2] or actions.dtype.kind not in "iu":
-            raise ValueError(f"actions are {actions.dtype} {actions.shape}, expected integers {self._mask.shape[:2]}")
+        actions = check_actions(actions, self._mask.shape[:2])
         if not ((actions >= 0) & (actions < self.num_actions)).all():
             raise ValueError(f"the actions are not all from 0 to {self.num_actions - 1}")
         if not np.take_along_axis(self._mask, actions[..., None], axis=-1).all():
