@@ -551,7 +551,7 @@ def main() -> int:
             known = load(path, "policy")["args"] | dict.fromkeys(["run_dir", "resume", "evaluate"])
             args = tyro.cli(Args, default=Args(**known | {"env_options": {}}))  # tyro takes no words for a filled one
             args.env_options = known["env_options"] | args.env_options
-        if args.evaluate or args.check_env:
+        if args.evaluate or args.check_env:  # the latter ends in prepare()
             evaluate_policy(args)
         else:
             for signum in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
