@@ -48,7 +48,7 @@ GAMES = {
     "climbing": ((11, -30, 0), (-30, 7, 6), (0, 0, 5)),  # Claus and Boutilier 1998
     "penalty": ((10, 0, -100), (0, 2, 0), (-100, 0, 10)),  # the same authors, k = -100; two optima
 }
-RANGES = {"seed": (0, 2**31 - 1), "td_weight": (0, 1e6)}
+RANGES = {"seed": (0, 2**31 - 1), "num_seeds": (1, 10_000), "td_weight": (0, 1e6)}
 
 
 @dataclass
@@ -230,8 +230,11 @@ class InputError(ValueError):
 def write(path: Path, text: str) -> None:
     """Under a temporary name, then renamed, so that no file is ever left half written."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # on a full disk
 
 
 def prepare(args: Args) -> torch.Tensor:
@@ -329,8 +332,11 @@ def main() -> int:
         train(tyro.cli(Args, description=__doc__))
     except BrokenPipeError:  # nobody reads on; the files are written
         os._exit(1)
-    except (OSError, InputError, FloatingPointError, MemoryError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # not within the bar
+    except (OSError, InputError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # which is PyTorch's lack of memory
+            raise
+        memory = isinstance(error, MemoryError | RuntimeError)
+        tqdm.write(f"error: {'lower --num-seeds or --buffer-size: ' if memory else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
 

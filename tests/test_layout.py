@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*_smacv2.py")) + sorted(ROOT.glob("*_mpe.py")) + sorted(ROOT.glob("*_matrix.py"))
 LENGTHS = {  # lines, blank ones included: what a class can be taken through in an hour
     "softqmix_smacv2": 640, "qmix_smacv2": 580, "mappo_smacv2": 640, "fop_smacv2": 660, "hasac_smacv2": 660,
-    "softqmix_mpe": 640, "qmix_mpe": 580, "softqmix_matrix": 340, "qmix_matrix": 310, "fop_matrix": 350,
+    "softqmix_mpe": 640, "qmix_mpe": 580, "softqmix_matrix": 350, "qmix_matrix": 315, "fop_matrix": 350,
 }  # fmt: skip
 PACKAGES = {"PIL": "pillow"}  # whose modules are called otherwise
 

@@ -344,12 +344,13 @@ def run_script(monkeypatch, script, *options) -> int:
 
 
 @both
-def test_running_out_of_memory_gets_one_sentence(script, monkeypatch, capsys):
-    monkeypatch.setattr(script, "train", lambda _: np.empty(10**15))
+@pytest.mark.parametrize("make", [np.empty, torch.empty])
+def test_running_out_of_memory_gets_one_sentence(script, make, monkeypatch, capsys):
+    monkeypatch.setattr(script, "train", lambda _: make(10**15))
     monkeypatch.setattr(sys, "argv", [script.__name__])
     assert script.main() == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: Unable to allocate")
+    assert err.startswith("error: lower --num-seeds or --buffer-size: ")
     assert err.count("\n") == 1
 
 
@@ -536,6 +537,7 @@ def test_a_file_is_whole_or_as_it_was(script, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         script.write(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1  # nothing temporary is left on the full disk
 
 
 @both
@@ -576,7 +578,7 @@ BAD_FILES = {
         *(["--num-seeds", "0"], ["--total-timesteps", "-4"], ["--learning-rate", "0"], ["--max-grad-norm", "nan"]),
         *(["--td-weight", "-1"], ["--seed", "-1"], ["--batch-size", "6000"], ["--total-timesteps", "100"]),
         *(["--num-envs", "6000"], ["--eval-interval", "0"], ["--run-dir", "words/below"], ["--run-dir", "."]),
-        *(["--learning-rate", "1e-50"], ["--learning-rate", "inf"], ["--num-seeds", "1" + 20 * "0"]),
+        *(["--learning-rate", "1e-50"], ["--learning-rate", "inf"], ["--num-seeds", "10001"]),
     ],
     ids=" ".join,
 )
