@@ -229,7 +229,7 @@ def teaser(path: Path) -> None:
                 axis.set_xlabel("million steps")
         figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.69, 1.02), ncols=2,
                       frameon=False, fontsize=18)  # fmt: skip
-        caption = "SMACv2 on the bundled simulator; mean of three seeds, band: 95 % bootstrap interval"
+        caption = "SMACv2 on the bundled simulator (terran: version 1); mean of three seeds, band: 95 % interval"
         figure.text(0.69, 0.015, caption, ha="center", fontsize=14, color=INK)
         figure.savefig(path, dpi=100)
         plt.close(figure)
