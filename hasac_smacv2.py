@@ -415,12 +415,12 @@ def write(path: Path, content: str | dict) -> None:
 
 def load(path: str, kind: str) -> dict:
     """A run folder's checkpoint.pt or policy.pt, or such a file; InputError if it is missing, damaged or another's."""
-    file = Path(path, f"{kind}.pt") if Path(path).is_dir() else Path(path)
+    file = Path(path, f"{kind}.pt") if os.path.isdir(path) else Path(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "it is damaged, foreign, or too large for the memory" if file.exists() else "there is no such file"
+        found = "it is damaged, foreign, or too large for memory" if os.path.exists(file) else "there is no such file"
     if found != f"it is {ALGORITHM} {kind} 2":
         raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}; give a run's folder.")
     return saved
@@ -436,6 +436,8 @@ def prepare(args: Args) -> tuple:
             raise InputError(f"--{name.replace('_', '-')} is {value!a}: empty, or beyond this locale's letters.")
     if args.buffer_size < max(args.batch_size, args.num_envs):
         raise InputError(f"--buffer-size {args.buffer_size} is smaller than --batch-size or --num-envs: raise it.")
+    if {"map_name", "num_envs", "seed"} & args.env_options.keys():
+        raise InputError("--env-options cannot set map_name, num_envs or seed: use --map, --num-envs or --seed.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise InputError("--track needs the package wandb: pip install wandb, or leave the option out.")
     if (args.run_dir, args.resume, args.evaluate).count(None) < 2:
@@ -460,8 +462,7 @@ def prepare(args: Args) -> tuple:
             env.set_state({name: value.numpy() for name, value in saved["env"].items()})
     except ValueError as error:
         raise InputError(error) from None
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    return env, eval_env, device, saved
+    return env, eval_env, torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), saved
 
 
 def train(args: Args, stop: threading.Event | None = None) -> dict:

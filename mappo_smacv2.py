@@ -250,7 +250,7 @@ def value_of(networks: Networks, row: dict[str, torch.Tensor], hidden: torch.Ten
     return networks.critic(row["obs"], row["state"], row["mask"], hidden[1], row["first"])[0]
 
 
-# --- Learning: a rollout is T rows, what agents knew, did and got at t = 0..T-1 in all environments -------------------
+# --- Learning: a rollout is T rows, what was seen, done and got at t = 0..T-1 in all environments ---------------------
 def make_row(obs, info: dict, first, device: torch.device) -> dict[str, torch.Tensor]:
     """What all environments show, obs (E, N, O), state (E, S) and mask (E, N, A), and where an episode begins (E,)."""
     row = {"obs": obs, "state": info["state"], "mask": info["action_mask"], "first": first}
@@ -291,8 +291,7 @@ def make_batch(networks: Networks, rollout: list[dict], last_value: torch.Tensor
     columns = {name: getattr(x, name) for name in ("obs", "state", "mask", "first", "action", "log_prob", "value")}
     columns |= {"returns": returns, "advantage": (advantage - chosen.mean()) / (chosen.std(correction=0) + 1e-5)}
     columns |= {"valid": valid, "active": active}
-    C = args.chunk_length
-    # (T, E, ...) -> (T/C, C, E, ...) -> (C, T/C, E, ...) -> (R, ...)
+    C = args.chunk_length  # (T, E, ...) -> (T/C, C, E, ...) -> (C, T/C, E, ...) -> (R, ...)
     batch = {name: c.unflatten(0, (-1, C)).transpose(0, 1).flatten(0, 2) for name, c in columns.items()}
     hidden = x.hidden[::C].transpose(0, 1).flatten(1, 2)  # (T, 2, E, N, H) -> (2, M, N, H)
     explained = 1 - advantage[valid].var(correction=0) / returns[valid].var(correction=0).clamp(min=1e-12)
@@ -391,12 +390,12 @@ def write(path: Path, content: str | dict) -> None:
 
 def load(path: str, kind: str) -> dict:
     """A run folder's checkpoint.pt or policy.pt, or such a file; InputError if it is missing, damaged or another's."""
-    file = Path(path, f"{kind}.pt") if Path(path).is_dir() else Path(path)
+    file = Path(path, f"{kind}.pt") if os.path.isdir(path) else Path(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "it is damaged, foreign, or too large for the memory" if file.exists() else "there is no such file"
+        found = "it is damaged, foreign, or too large for memory" if os.path.exists(file) else "there is no such file"
     if found != f"it is {ALGORITHM} {kind} 2":
         raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}; give a run's folder.")
     return saved
@@ -415,6 +414,8 @@ def prepare(args: Args) -> tuple:
     args.anneal_steps = args.anneal_steps or args.total_timesteps  # which a resumed run keeps
     if args.anneal_steps < args.total_timesteps:
         raise InputError(f"After --anneal-steps {args.anneal_steps} nothing is learnt: lower --total-timesteps to it.")
+    if {"map_name", "num_envs", "seed"} & args.env_options.keys():
+        raise InputError("--env-options cannot set map_name, num_envs or seed: use --map, --num-envs or --seed.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise InputError("--track needs the package wandb: pip install wandb, or leave the option out.")
     if (args.run_dir, args.resume, args.evaluate).count(None) < 2:
@@ -439,8 +440,7 @@ def prepare(args: Args) -> tuple:
             env.set_state({name: value.numpy() for name, value in saved["env"].items()})
     except ValueError as error:
         raise InputError(error) from None
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    return env, eval_env, device, saved
+    return env, eval_env, torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), saved
 
 
 def train(args: Args, stop: threading.Event | None = None) -> dict:

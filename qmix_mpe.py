@@ -79,7 +79,7 @@ class Args:
     capture_video: bool = False  # film three episodes of the last test, in Spread
     total_timesteps: int = 10_000_000  # environment steps of all environments together (section 5.2)
     num_envs: int = 4  # episodes stepped as one batch (Table 8)
-    episodes_per_update: int = 4  # one update per this many finished episodes, whatever num_envs is (Table 8)
+    episodes_per_update: int = 4  # an update per this many finished episodes, whatever num_envs is (Table 8: 4 at once)
     batch_size: int = 128  # episodes in an update (Table 8); the first update waits for this many
     buffer_size: int = 5000  # episodes in the replay (Table 8)
     learning_rate: float = 1e-3  # of Adam (Table 8)
@@ -211,7 +211,7 @@ def act(networks: Networks, row: dict[str, torch.Tensor], hidden: torch.Tensor, 
     return epsilon_greedy(stage1, row["mask"], epsilon).cpu().numpy(), hidden
 
 
-# --- Learning: an episode of L steps is L + 1 rows, what agents know at time t = 0..L and what led there --------------
+# --- Learning: an episode of L steps is L + 1 rows, what is seen at time t = 0..L and what led there ------------------
 def make_row(obs, info: dict, last_action, reward, terminated) -> dict[str, torch.Tensor]:
     """What all environments show, obs (E, N, O), state (E, S) and mask (E, N, A), and the step that led there:
     last_action (E, N), reward and terminated (E,); at t = 0 they are -1, 0 and False."""
@@ -339,12 +339,12 @@ def write(path: Path, content: str | dict) -> None:
 
 def load(path: str, kind: str) -> dict:
     """A run folder's checkpoint.pt or policy.pt, or such a file; InputError if it is missing, damaged or another's."""
-    file = Path(path, f"{kind}.pt") if Path(path).is_dir() else Path(path)
+    file = Path(path, f"{kind}.pt") if os.path.isdir(path) else Path(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "it is damaged, foreign, or too large for the memory" if file.exists() else "there is no such file"
+        found = "it is damaged, foreign, or too large for memory" if os.path.exists(file) else "there is no such file"
     if found != f"it is {ALGORITHM} {kind} 2":
         raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}; give a run's folder.")
     return saved
@@ -360,6 +360,8 @@ def prepare(args: Args) -> tuple:
             raise InputError(f"--{name.replace('_', '-')} is {value!a}: empty, or beyond this locale's letters.")
     if args.batch_size > args.buffer_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
+    if {"num_envs", "seed"} & args.env_options.keys():
+        raise InputError("--env-options cannot set num_envs or seed: use --num-envs or --seed.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise InputError("--track needs the package wandb: pip install wandb, or leave the option out.")
     if args.env and args.capture_video:
@@ -383,8 +385,7 @@ def prepare(args: Args) -> tuple:
             env.set_state({name: value.numpy() for name, value in saved["env"].items()})
     except ValueError as error:
         raise InputError(error) from None
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    return env, eval_env, device, saved
+    return env, eval_env, torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), saved
 
 
 def train(args: Args, stop: threading.Event | None = None) -> dict:
@@ -472,7 +473,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         bar.update(E)
         for e in range(E):
             played[e].append([column[e] for column in row.values()])
-        row = make_row(obs, info, action.copy(), reward.copy(), terminated.copy())
+        row = make_row(obs, info, action, reward, terminated)
 
         # Store finished episodes, and learn
         for e in np.flatnonzero(terminated | truncated):

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "tyro>=0.9,<2", "tqdm>=4.66"]
 # ///
-"""Soft-QMIX on one-step matrix games (section 5.1 of Chen, Huang, Schneider 2024, arXiv 2406.13930): all of it, small.
+"""Soft-QMIX on one-step matrix games (section 5.1 of Chen, Huang, Schneider 2024, arXiv 2406.13930), small.
 
     python softqmix_matrix.py                                  # 16 seeds of Table 1's game, under a minute on a CPU
     python softqmix_matrix.py --payoff climbing --alpha 3      # another game: table1, released, climbing, penalty

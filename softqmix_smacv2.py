@@ -80,7 +80,7 @@ class Args:
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
     total_timesteps: int = 10_050_000  # environment steps of all environments (section 5.3; Table 8 misprints a tenth)
     num_envs: int = 4  # battles stepped as one batch (Table 8)
-    episodes_per_update: int = 4  # one update per this many finished battles, whatever num_envs is (Table 8)
+    episodes_per_update: int = 4  # an update per this many finished battles, whatever num_envs is (Table 8: 4 at once)
     batch_size: int = 128  # battles in an update (Table 8); the first update waits for this many
     buffer_size: int = 5000  # battles in the replay (Table 8)
     learning_rate: float = 1e-3  # of Adam, for L_Q and L_pi (Table 8)
@@ -91,7 +91,7 @@ class Args:
     target_update_interval: int = 200  # episodes between copies of the networks to their targets (Table 8)
     tau: float = 1.0  # below 1: after each update targets move this fraction of the way instead (Algorithm 1)
     mixer: Literal["qmix", "vdn"] = "qmix"  # the monotonic network, or the plain sum of Q_i
-    alpha: float | None = None  # temperature, in units of Q_tot; default .03 with up to 5 a side, else .005 (Table 9)
+    alpha: float | None = None  # temperature, in units of Q_tot; default .03 up to 5 a side, else .005 (Table 9: 5, 10)
     use_g: bool = True  # transform the agents' values by g_i (Table 4: without it, "+function f")
     use_f: bool = True  # transform Q_i by f_i (Table 4: without g and f, "+entropy"); without, alpha is in units of Q_i
     eval_interval: int = 10_000  # environment steps between evaluations
@@ -243,7 +243,7 @@ def sample_action(log_policy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def soft_log_policy(networks: Networks, stage1, state, mask, alpha: float) -> torch.Tensor:
     """log pi_i(u | o_i, s) = log softmax(f_i(g_i(f^stage1(o_i), s), s) / alpha) (Eq. 15): (R, N, A) -> (R, N, A)."""
     logits = networks.f(networks.critic.g(stage1, state), state)
-    return masked_log_policy(logits.float() / alpha, mask)  # mask last: the division must not see -inf
+    return masked_log_policy(logits / alpha, mask)  # mask last: the division must not see -inf
 
 
 @torch.no_grad()
@@ -254,7 +254,7 @@ def act(networks: Networks, row: dict[str, torch.Tensor], hidden: torch.Tensor, 
     return sample_action(log_policy, row["mask"]).cpu().numpy(), hidden
 
 
-# --- Learning: an episode of L steps is L + 1 rows, what agents know at time t = 0..L and what led there --------------
+# --- Learning: an episode of L steps is L + 1 rows, what is seen at time t = 0..L and what led there ------------------
 def make_row(obs, info: dict, last_action, reward, terminated) -> dict[str, torch.Tensor]:
     """What all environments show, obs (E, N, O), state (E, S) and mask (E, N, A), and the step that led there:
     last_action (E, N), reward and terminated (E,); at t = 0 they are -1, 0 and False."""
@@ -385,12 +385,12 @@ def write(path: Path, content: str | dict) -> None:
 
 def load(path: str, kind: str) -> dict:
     """A run folder's checkpoint.pt or policy.pt, or such a file; InputError if it is missing, damaged or another's."""
-    file = Path(path, f"{kind}.pt") if Path(path).is_dir() else Path(path)
+    file = Path(path, f"{kind}.pt") if os.path.isdir(path) else Path(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
-        found = "it is damaged, foreign, or too large for the memory" if file.exists() else "there is no such file"
+        found = "it is damaged, foreign, or too large for memory" if os.path.exists(file) else "there is no such file"
     if found != f"it is {ALGORITHM} {kind} 2":
         raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}; give a run's folder.")
     return saved
@@ -406,6 +406,8 @@ def prepare(args: Args) -> tuple:
             raise InputError(f"--{name.replace('_', '-')} is {value!a}: empty, or beyond this locale's letters.")
     if args.batch_size > args.buffer_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
+    if {"map_name", "num_envs", "seed"} & args.env_options.keys():
+        raise InputError("--env-options cannot set map_name, num_envs or seed: use --map, --num-envs or --seed.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise InputError("--track needs the package wandb: pip install wandb, or leave the option out.")
     if (args.run_dir, args.resume, args.evaluate).count(None) < 2:
@@ -431,8 +433,7 @@ def prepare(args: Args) -> tuple:
             env.set_state({name: value.numpy() for name, value in saved["env"].items()})
     except ValueError as error:
         raise InputError(error) from None
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    return env, eval_env, device, saved
+    return env, eval_env, torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), saved
 
 
 def train(args: Args, stop: threading.Event | None = None) -> dict:
@@ -527,7 +528,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         bar.update(E)
         for e in range(E):
             played[e].append([column[e] for column in row.values()])
-        row = make_row(obs, info, action.copy(), reward.copy(), terminated.copy())
+        row = make_row(obs, info, action, reward, terminated)
 
         # Store finished episodes, and learn
         for e in np.flatnonzero(terminated | truncated):

@@ -34,11 +34,12 @@ Shapes: E environments side by side, N agents, A actions, O observation, S state
         won, "battle_won" (E,) bool: the last ones of the episodes that ended; rows of other environments mean nothing.
         info["invalid"] (E,) bool, absent where it cannot happen: the episode was lost with its game. What was collected
         of it must be thrown away; obs, state and mask are the first of another one.
-        All arrays are new ones that the caller may keep; final_obs and final_info may be overwritten by the next step.
+        All arrays are new ones that the caller may keep and change; final_obs and final_info may be overwritten by the
+        next step.
 
     get_state() -> dict of numpy arrays; set_state(dict)
-        For checkpoints. An environment goes on from there to the last bit; StarCraft II cannot, and calls the next
-        step's episodes invalid.
+        For checkpoints. An environment goes on from there to the last bit; StarCraft II and PettingZoo cannot, and call
+        the next step's episodes invalid.
     save_film(folder, step), of Spread and of smacv2_render.Film around a SMACv2Sim
         For --capture-video: write evaluation.gif, what was last played since a reset, into a run folder.
     close()

@@ -160,7 +160,7 @@ class PettingZooBatch:
     backend, restarts = "pettingzoo", 0
 
     def __init__(
-        self, make, num_envs, seed=0, *, team_reward="sum", state="auto", episode_limit=None, workers=0, **options
+        self, make, /, num_envs, seed=0, *, team_reward="sum", state="auto", episode_limit=None, workers=0, **options
     ):
         factory = find_factory(make)
         self.num_envs = check_integer("num_envs", num_envs, 1, 2**31)

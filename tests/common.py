@@ -299,7 +299,10 @@ def one_sentence(code_and_output: tuple[int, str], code: int = 2) -> str:
 IMPOSSIBLE = [  # options of a SMACv2 script, and words of its refusal
     (dict(map="terran_5"), "terran_5"),
     (dict(env_options={"wind": 1}), "wind"),
+    (dict(env_options={"seed": 3}), "use --map, --num-envs or --seed"),
+    (dict(env_options={"num_envs": 2}, check_env=True), "--env-options cannot set map_name, num_envs"),
     (dict(resume="nowhere"), "there is no such file"),
+    (dict(evaluate=300 * "x"), "there is no such file"),
     (dict(resume="a", evaluate="b"), "exclude each other"),
 ]
 

@@ -151,7 +151,9 @@ BAD_OPTIONS = {
     "--env-options prob_obs_enemy 0": "The simulator has no option prob_obs_enemy",
     "--env-options enemy_wipe maybe": "enemy_wipe",
     "--env-options speed 2": "no option speed",
+    "--env-options seed 3": "--env-options cannot set map_name, num_envs or seed: use --map, --num-envs or --seed",
     f"--run-dir {300 * 'x'}": "cannot be used",
+    f"--resume {300 * 'x'}": "there is no such file",
     "--backend starcraft2": "docs/starcraft2.md",
     "--check-env": "docs/starcraft2.md",
 }
