@@ -97,7 +97,7 @@ class Args:
 
 
 RANGES = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "tau": (1e-9, 1), "target_entropy": (0, 1)}
-RANGES |= {"learning_starts": (0, 2**31 - 1)}
+RANGES |= {"learning_starts": (0, 2**31 - 1), "n_step": (1, 10_000)}
 MAY_CHANGE = {"total_timesteps", "eval_interval", "checkpoint_interval", "cuda", "capture_video"}  # in a resumed run
 MAY_CHANGE |= {"run_dir", "resume", "evaluate", "check_env", "track", "wandb_project_name", "wandb_entity"}
 SIZES = ("obs_size", "num_agents", "num_actions")  # of the agent network
@@ -593,7 +593,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         raise failure or KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
     print(f"{step:,} steps: test win rate {result['win_rate']:.2f}, return {result['return_mean']:.2f} -> {run_dir}")
     if updates == 0:
-        print(f"Nothing was learnt: the first update waits for {args.learning_starts} steps, and {step} were made.")
+        print(f"Nothing was learnt: {step} steps are too few for --learning-starts and --updates-per-step.")
     return summary
 
 

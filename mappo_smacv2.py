@@ -129,8 +129,8 @@ class Recurrent(nn.Module):
     def unroll(self, x: torch.Tensor, hidden: torch.Tensor, first: torch.Tensor | None):
         """x (R, N, features), hidden (M, N, H) before the first of R / M steps -> output (R, N, ...), hidden after all.
         first (R,): an episode begins with this row, so what came before is forgotten."""
-        agent_id = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)  # (R, N, N)
-        x = torch.cat([x, agent_id], dim=-1)
+        hidden = x.new_zeros(*x.shape[:2], self.hidden_size) if hidden is None else hidden  # of one first step
+        x = torch.cat([x, torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1)], dim=-1)  # agent ids (R, N, N)
         x = self.norm_in(x) if self.input_norm else x
         x = self.norm1(F.relu(self.fc1(x)))
         x = self.norm2(F.relu(self.fc2(x)))
@@ -149,8 +149,8 @@ class Agent(Recurrent):
     def __init__(self, obs_size: int, num_agents: int, num_actions: int, input_norm: bool = True):
         super().__init__(obs_size, num_agents, num_actions, 0.01, input_norm)
 
-    def forward(self, obs: torch.Tensor, last_action, hidden: torch.Tensor, first: torch.Tensor | None = None):
-        """obs (R, N, O), hidden (M, N, H) -> logits (R, N, A), hidden. The last action is not used."""
+    def forward(self, obs: torch.Tensor, last_action=None, hidden: torch.Tensor | None = None, first=None):
+        """obs (R, N, O), hidden (M, N, H) or None -> logits (R, N, A), hidden. The last action is not used."""
         return self.unroll(obs, hidden, first)
 
 
@@ -289,8 +289,8 @@ def make_batch(networks: Networks, rollout: list[dict], last_value: torch.Tensor
     active = has_choice(x.mask) & valid
     chosen = advantage[active]
     columns = {name: getattr(x, name) for name in ("obs", "state", "mask", "first", "action", "log_prob", "value")}
-    columns |= {"returns": returns, "advantage": (advantage - chosen.mean()) / (chosen.std(correction=0) + 1e-5)}
-    columns |= {"valid": valid, "active": active}
+    columns |= {"returns": returns, "valid": valid, "active": active}
+    columns["advantage"] = ((advantage - chosen.mean()) / (chosen.std(correction=0) + 1e-5)).masked_fill(~active, 0)
     C = args.chunk_length  # (T, E, ...) -> (T/C, C, E, ...) -> (C, T/C, E, ...) -> (R, ...)
     batch = {name: c.unflatten(0, (-1, C)).transpose(0, 1).flatten(0, 2) for name, c in columns.items()}
     hidden = x.hidden[::C].transpose(0, 1).flatten(1, 2)  # (T, 2, E, N, H) -> (2, M, N, H)
@@ -426,7 +426,7 @@ def prepare(args: Args) -> tuple:
         if (ours := getattr(args, name)) != (theirs := saved["args"][name]):
             raise InputError(f"{name} is {ours}, but was {theirs} in {args.resume}: leave the option out.")
     if args.resume and saved["step"] >= args.total_timesteps and Path(args.resume, "summary.json").exists():
-        raise InputError(f"{args.resume} has made its {saved['step']} steps: give more --total-timesteps.")
+        raise InputError(f"{args.resume} has made its {saved['step']} steps: it can make {args.anneal_steps} in all.")
     try:
         if args.check_env:
             sys.exit(check_env(args.map, **args.env_options))  # which prints what there is

@@ -225,7 +225,13 @@ def test_table_2b(tmp_path, capsys, monkeypatch):
     options = "--alpha 10 --epsilon-start 0 --epsilon-finish 0 --num-envs 16 --batch-size 128 --learning-rate 4e-3"
     options += f" --burn-in 128 --num-seeds 8 --total-timesteps 9600 --eval-interval 4800 --run-dir {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["fop_matrix.py", *options.split()])
+    compute_losses, seen = fop_matrix.compute_losses, []
+    monkeypatch.setattr(fop_matrix, "compute_losses", lambda *inputs: seen.append(inputs) or compute_losses(*inputs))
     assert fop_matrix.main() == 0
+    logits, q, *_ = seen[-1]
+    optimal = (q.min(1).values / 10).softmax(-1)  # the actors have kept up with their q_i
+    assert (logits.softmax(-1) - optimal).abs().max() < 0.05
+    assert (1 / 3 - optimal).abs().max() > 0.1  # as they could not by standing still
     run = json.loads((tmp_path / "summary.json").read_text())
     assert run["argmax"] == [[0, 0]] * 8
     assert run["successes"] <= 4

@@ -171,9 +171,8 @@ def test_targets_sum_the_right_rewards_and_bootstrap_from_the_right_view():
         assert {(e, t) for e, t in drawn if t < oldest} == set()
         stored = {(e, t) for e in range(E) for t in range(oldest, until)}
         assert len(stored - drawn) < 4  # each is missing with probability e^-9
-        finals = [row for row in history.replay.final if row % E >= 0]
         cut = sum(step["cut"] for steps in history.steps for step in steps[oldest:])
-        assert len(finals) == cut  # of overwritten steps none is kept
+        assert len(history.replay.final) == cut  # of overwritten steps none is kept
         assert cut > 0 or until < 100
 
 
@@ -194,12 +193,10 @@ def test_lost_games_are_left_out_and_only_they():
     for until in (60, 150):
         while len(history.steps[0]) < until:
             history.step()
-        drawn = check_samples(history)
-        for e in range(E):
-            here = {t for t, step in enumerate(history.steps[e]) if (e, step["episode"]) in lost and step["done"]}
-            gone = {(e, t) for t, step in enumerate(history.steps[e]) if (e, step["episode"]) in lost}
-            assert not gone & drawn or not here
-    assert len(drawn) > 150
+        steps = [(e, t, step) for e in range(E) for t, step in enumerate(history.steps[e]) if t >= until - 90]
+        gone = {(e, step["episode"]) for e, _, step in steps if step["done"]} & lost
+        assert gone or until == 150
+        assert check_samples(history) == {(e, t) for e, t, step in steps if (e, step["episode"]) not in gone}
 
 
 def test_n_step_returns_by_hand():
@@ -611,7 +608,8 @@ def test_fixed_temperatures_stay():
 
 
 def test_nothing_is_computed_on_another_device():
-    """Acting and updates on the meta device, which as a GPU does refuses to compute with a CPU's tensors."""
+    """Acting and the critics on the meta device, which as a GPU does refuses to compute with a CPU's tensors; but it
+    cannot tell which rows have a choice, so that updates are left to the tests marked gpu."""
     args, device = make_args(), torch.device("meta")
     networks, _, _ = make(args)
     networks.to(device)
@@ -792,7 +790,10 @@ def test_the_command_line_stops_goes_on_and_tests(tmp_path, monkeypatch, capsys)
 
 def test_untrained_runs_say_so(tmp_path, capsys):
     train(tmp_path, total_timesteps=57)
-    assert "Nothing was learnt: the first update waits for 60 steps, and 57 were made" in capsys.readouterr().out
+    assert (
+        "Nothing was learnt: 57 steps are too few for --learning-starts and --updates-per-step"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_lost_game_ends_the_run_with_a_checkpoint_that_goes_on(tmp_path):

@@ -43,13 +43,13 @@ def python_example(document: str) -> str:
     return re.search(r"```python\n(.*?)```", DOCUMENTS[document], re.DOTALL).group(1)
 
 
-def test_the_policy_example_plays_a_battle(tmp_path, monkeypatch, capsys):
-    args = softqmix_smacv2.Args(
-        map="zerg_2_vs_2", total_timesteps=8, eval_episodes=2, run_dir=str(tmp_path / "runs/NAME")
-    )
-    softqmix_smacv2.train(args)
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*_smacv2.py")))
+def test_the_policy_example_plays_a_battle(name, tmp_path, monkeypatch, capsys):
+    script = importlib.import_module(name)
+    options = dict(map="zerg_2_vs_2", backend="sim", total_timesteps=8, eval_episodes=2)
+    script.train(script.Args(**options, run_dir=str(tmp_path / "runs/NAME")))
     monkeypatch.chdir(tmp_path)
-    exec(python_example("README.md"), {})
+    exec(python_example("README.md").replace("softqmix_smacv2", name), {})
     assert capsys.readouterr().out.strip().splitlines()[-1] in ("won", "not won")
 
 
