@@ -67,7 +67,7 @@ EXPERIMENTS = {  # where, environment steps, and for each algorithm its command 
     "figure3": (FIVE + TEN, 10_050_000, {
         "softqmix": ("softqmix_smacv2.py", 5),
         "qmix": ("qmix_smacv2.py", 5),
-        "mappo": ("mappo_smacv2.py", 5),
+        "mappo": ("mappo_smacv2.py --anneal-steps 10050000", 5),  # of the whole run, so that a shorter one can go on
         "fop": ("fop_smacv2.py", 5),
         "hasac": ("hasac_smacv2.py", 3),
     }),
@@ -170,25 +170,32 @@ class Run:
         step, result, rate = self.progress()
         hours, pace = self.hours(), f"{rate:,.0f}/s" if rate else ""
         left = "" if self.state == "finished" else "? h left" if hours is None else f"{hours:.1f} h left"
-        return f"{step:>10,}/{self.steps:<10,} {result:17} {pace:>7} {left:>12}  {self.folder.name}"
+        game = f" ({self.options['backend']})" if "backend" in self.options else ""
+        return f"{step:>10,}/{self.steps:<10,} {result:17} {pace:>7} {left:>12}  {self.folder.name}{game}"
 
 
 # --- Which runs there are, and how far they are -----------------------------------------------------------------------
 def option(name: str, value: str, field: dataclasses.Field) -> list[str]:
     """The words that give a script this option."""
     if field.type is not bool:
-        return [f"--{name.replace('_', '-')}", *shlex.split(value)]
+        try:
+            return [f"--{name.replace('_', '-')}", *shlex.split(value)]
+        except ValueError:
+            raise InputError(f"--vary {name} has {value!r}, a quotation without an end.") from None
     if value not in ("True", "False"):
         raise InputError(f"--vary {name} has {value!r}; it must be True or False.")
     return [f"--{'' if value == 'True' else 'no-'}{name.replace('_', '-')}"]
 
 
+def ignored(script) -> set[str]:
+    """Options that do not change what a run of this script computes."""
+    return getattr(script, "MAY_CHANGE", {"run_dir"}) | {"exp_name"}
+
+
 def identity(script, version: str | None, options: dict) -> str:
     """What a run of this script computes, as text to compare."""
-    ignored = getattr(script, "MAY_CHANGE", {"run_dir"}) | {"exp_name"}
-    return json.dumps(
-        [script.__name__, version, {k: v for k, v in options.items() if k not in ignored}], sort_keys=True
-    )
+    options = {name: value for name, value in options.items() if name not in ignored(script)}
+    return json.dumps([script.__name__, version, options], sort_keys=True)
 
 
 def check(script, words: list[str]) -> tuple[dict, str | None]:
@@ -202,7 +209,10 @@ def check(script, words: list[str]) -> tuple[dict, str | None]:
         raise InputError(f"{name} does not take {shlex.join(words)}: see python {name} --help.") from None
     except script.InputError as error:
         raise InputError(f"{name}: {error}") from None
-    about = getattr(prepared[0], "about", {}) if isinstance(prepared, tuple) else {}
+    envs = prepared[:2] if isinstance(prepared, tuple) else ()
+    for env in envs:
+        env.close()  # which may have processes of its own
+    about = envs[0].about if envs else {}
     return json.loads(json.dumps(asdict(args))), about.get("simulator_version")
 
 
@@ -231,6 +241,9 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
     vary = {words[0].replace("-", "_"): words[1:] for words in args.vary}
     if empty := [name for name, values in vary.items() if not values]:
         raise InputError(f"--vary {empty[0]} has no values: --vary {empty[0]} VALUE VALUE ...")
+    own = {"seed": "seeds", "total_timesteps": "total-timesteps"} | dict.fromkeys(PLACE.values(), "places")
+    if wrong := [name for name in vary if name in own]:
+        raise InputError(f"--vary does not take {wrong[0]}: give --{own[wrong[0]]} instead.")
     vary |= {"backend": (args.backend,)} if args.backend else {}
     runs, missing, used = {}, [], set()
     for algorithm in args.algorithms or algorithms:
@@ -239,10 +252,15 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
         if not place_option or not (ROOT / f"{name}.py").exists():
             missing.append(f"{name}.py")
             continue
-        script = importlib.import_module(name)
+        try:
+            script = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise InputError(f"{name}.py needs the package {error.name}: pip install -r requirements.txt") from None
         known = {field.name: field for field in dataclasses.fields(script.Args)}
         varied = {key: values for key, values in vary.items() if key in known}
         used |= varied.keys()
+        if wrong := sorted(varied.keys() & ignored(script)):
+            raise InputError(f"--vary does not take {wrong[0]}, which makes no other run: leave it out.")
         more = ["--total-timesteps", str(args.total_timesteps or steps or known["total_timesteps"].default)]
         if args.checkpoint_interval and "checkpoint_interval" in known:
             more += ["--checkpoint-interval", str(args.checkpoint_interval)]
@@ -252,6 +270,7 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
             words = [*fixed, f"--{place_option}", place, "--seed", str(seed)]
             words += [word for key, value in chosen.items() for word in option(key, value, known[key])]
             options, version = check(script, words + more)
+            words += ["--backend", options["backend"]] if "backend" in options and "backend" not in chosen else []
             label = [Path(place).stem, algorithm, *(f"{k}={v}" for k, v in chosen.items() if k != "backend"), str(seed)]
             folder = Path(args.folder, "__".join(label).replace("/", "-").replace(" ", "-"))
             same = identity(script, version, options)
@@ -321,6 +340,8 @@ def work(run: Run, threads: int | str, cwd: str, patience: float = 0, stop: thre
         return "not begun"
     if locked(run.folder, patience):
         return "left alone, since another process trains in it"
+    if state_of(run.folder, run.steps) == "finished":  # by another process, since this one looked
+        return "finished"
     command = run.command()
     log = run.folder.with_name(f"{run.folder.name}.log")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}

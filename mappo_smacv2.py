@@ -64,7 +64,7 @@ class Args:
     exp_name: str = ALGORITHM  # name of this experiment, part of the run's name
     map: str = "protoss_5_vs_5"  # protoss, terran or zerg, then the number of allies and enemies
     backend: Literal["auto", "starcraft2", "sim"] = "auto"  # auto: StarCraft II where installed, else the simulator
-    env_options: dict[str, bool | float | str] = field(default_factory=dict)  # for the game, such as enemy_wipe True
+    env_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # for the game, e.g. enemy_wipe True
     seed: int = 1  # fixes networks, battles and sampled actions
     cuda: bool = True  # use the GPU if there is one
     track: bool = False  # log to Weights & Biases, too

@@ -150,24 +150,26 @@ def read_run(folder: Path) -> Run:
         algorithm = str(config.get("algorithm", exp_name))
     except FileNotFoundError:
         raise ValueError("it has no config.json") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError("its config.json is not one of the SMACv2 and MPE scripts, or damaged") from None
     try:
         lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
         header, rows = lines[0] if lines else [], lines[1:]
         values = np.array(rows, float).T  # (columns, tests); ValueError if a line is shorter than the others
-        if rows and (len(values) != len(header) or not np.isfinite(values).all()):
+        if rows and len(values) != len(header):
             raise ValueError
     except (OSError, ValueError):
         raise ValueError("its metrics.csv has an incomplete line or something other than numbers in it") from None
     if not rows:
         raise ValueError("its metrics.csv is empty, as before the first test")
-    missing = {"step", "seconds", "return_mean", *(["win_rate"] if "map" in args else [])} - set(header)
-    if missing:
+    needed = {"step", "seconds", "return_mean", *(["win_rate"] if "map" in args else [])}
+    if missing := needed - set(header):
         raise ValueError(f"its metrics.csv has no column {' or '.join(sorted(missing))}")
+    columns = dict(zip(header, values, strict=True))
+    if not np.isfinite([columns[name] for name in needed]).all() or (np.diff(columns["step"]) <= 0).any():
+        raise ValueError("its metrics.csv has something other than numbers in it, or steps that do not rise")
     name = algorithm if exp_name == algorithm else f"{algorithm} {exp_name}"
     where = f"({backend}{version})"
-    columns = dict(zip(header, values, strict=True))
     return Run(folder, f"{game} {where}", task, f"{task} {where}", name, options, seed, columns, older)
 
 
@@ -323,7 +325,8 @@ def comparison(groups: dict, measures: dict, args: Args) -> list[str]:
         within = f"(95 %: {low:.2f} to {high:.2f})" if np.isfinite(low) else "(no interval: a single seed)"
         few = ", few seeds" if min(map(len, samples)) < FEW else ""
         better = f"{args.compare[0]} ends better than {args.compare[1]} with probability {improvement(*samples):.2f}"
-        lines.append(f"{place}: {better} {within}{few}")
+        at = " or ".join(f"{end:,.0f}" for end in sorted(set(ends.values())))
+        lines.append(f"{place}: {better} {within}{few}, at {at} steps")
     return lines or [f"There is no map with runs of both {' and '.join(args.compare)}."]
 
 
@@ -479,7 +482,7 @@ def draws_matrix_game(folder: Path) -> bool:
         return False  # read_run says what is wrong with it
     try:
         print(f"Picture: {matrix_picture(folder)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         print(f"warning: no picture of {folder}: is the run complete? ({error!r})", file=sys.stderr)
     return True
 
@@ -561,7 +564,10 @@ def main() -> int:
     except (OSError, ValueError) as error:  # ValueError: a picture too large for its format
         print(f"error: {file} cannot be written ({error}).", file=sys.stderr)
         return 2
-    print(f"Picture: {args.out}" + (f"\nRuns: {args.json}" if args.json else ""))
+    try:
+        print(f"Picture: {args.out}" + (f"\nRuns: {args.json}" if args.json else ""), flush=True)
+    except BrokenPipeError:  # nobody reads on; the files are written
+        os._exit(1)
     return 0
 
 

@@ -67,7 +67,7 @@ class Args:
     level: Literal["simple", "medium", "hard"] = "hard"  # how far all is apart: as in MPE, times 1.5, times 2 (app. I)
     backend: Literal["batched", "mpe2"] = "batched"  # all environments at once, or mpe2's own, equal to float precision
     env: str | None = None  # instead of Spread: a cooperative PettingZoo environment, a module or module:function
-    env_options: dict[str, bool | float | str] = field(default_factory=dict)  # for it, such as team_reward mean
+    env_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # for it, such as team_reward mean
     seed: int = 1  # fixes networks, start states, exploration and replay
     cuda: bool = True  # use the GPU if there is one
     track: bool = False  # log to Weights & Biases, too

@@ -334,6 +334,30 @@ def test_runs_of_a_killed_runner_end_with_a_checkpoint_and_the_next_one_goes_on(
     assert all(saved_step(house / folder) >= 200 for folder in FOLDERS)
 
 
+def test_a_run_that_another_process_has_finished_is_not_made_again(house):
+    (run,), _ = experiments.plan(experiments.Args("custom", scripts=("toy_mpe",), folder="r"))
+    put(house / "r/hard__toy_mpe__1", {}, checkpoint_pt="", summary_json='{"env_steps": 100}')
+    assert experiments.work(run, 1, str(house)) == "finished"
+    assert not list(house.glob("r/*.log"))
+
+
+def test_a_run_gets_the_backend_of_the_plan_wherever_it_trains(monkeypatch):
+    """And shorter runs of MAPPO go on with more steps; what planning has opened is closed."""
+    import mappo_smacv2
+
+    closed = []
+    monkeypatch.setattr(mappo_smacv2.SMACv2Sim, "close", lambda env: closed.append(env))
+    monkeypatch.setattr(mappo_smacv2, "is_installed", lambda map_name: False)
+    wanted = experiments.Args("figure3", algorithms=("mappo",), places=("terran_5_vs_5",), seeds=(1,))
+    (run,), _ = experiments.plan(wanted)
+    assert run.command()[-4:] == ["--run-dir", "runs/terran_5_vs_5__mappo__1", "--total-timesteps", "10050000"]
+    assert run.words[-2:] == ["--backend", "sim"]
+    assert "mappo__1 (sim)" in run.line()
+    assert len(closed) == 2
+    (shorter,), _ = experiments.plan(dataclasses.replace(wanted, total_timesteps=1000))
+    assert shorter.identity == run.identity
+
+
 def test_with_a_script_of_this_project(tmp_path):
     """Started, stopped, resumed, and then finished."""
     vary = (("eval_episodes", "4"), ("batch_size", "5000"))  # it learns nothing
@@ -395,10 +419,16 @@ def test_progress_is_a_table_on_a_terminal_and_a_line_a_minute_elsewhere(house, 
     ("line", "named"),
     [
         ("table5", "'table5'"), ("custom", "--scripts"), ("figure3 --scripts toy_mpe", "--scripts"),
-        ("custom --scripts absent_mpe", "no script absent_mpe.py: choose of toy_mpe.py, toy_smacv2.py"),
+        ("custom --scripts absent_mpe", "no script absent_mpe.py: choose of needy_mpe.py, toy_mpe.py"),
         ("custom --scripts experiments", "experiments.py"), ("figure3 --algorithms foo", "'foo'"),
         ("custom --scripts toy_mpe --seeds -1", "--seed is -1"), ("custom --scripts toy_mpe --places foo", "foo"),
         ("custom --scripts toy_mpe --vary alpha foo", "foo"), ("custom --scripts toy_mpe --vary beta 1", "--beta"),
+        ("custom --scripts toy_mpe --vary total-timesteps 9 8", "--total-timesteps instead"),
+        ("custom --scripts toy_mpe --vary seed 3 4", "--seeds instead"),
+        ("custom --scripts toy_mpe --vary level simple hard", "--places instead"),
+        ("custom --scripts toy_mpe --vary exp_name mine", "exp_name, which makes no other run"),
+        ("custom --scripts toy_mpe --vary alpha it's", "a quotation without an end"),
+        ("custom --scripts needy_mpe", "needs the package nowhere_to_be_found"),
         ("custom --scripts toy_mpe --vary alpha", "alpha"), ("custom --scripts toy_mpe --vary use_g yes", "'yes'"),
         ("custom --scripts toy_mpe --workers 0", "--workers is 0"), ("custom --scripts toy_mpe --gpus nan", "--gpus"),
         ("custom --scripts toy_mpe --total-timesteps 0", "--total-timesteps is 0"),
@@ -408,6 +438,7 @@ def test_progress_is_a_table_on_a_terminal_and_a_line_a_minute_elsewhere(house, 
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_sentence(house, monkeypatch, capsys, line, named):
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    (house / "needy_mpe.py").write_text("import nowhere_to_be_found")
     code, _, err = main(monkeypatch, capsys, line)
     assert code == 2
     assert err.startswith("error: ")

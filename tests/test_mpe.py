@@ -66,7 +66,7 @@ def test_both_backends_train_alike_and_another_seed_differently(tmp_path):
         ("--evaluate nowhere.pt", "nowhere.pt"),
         ("--env-options seed 3", "--env-options cannot set num_envs or seed: use --num-envs or --seed."),
         ("--env-options level hard", "MPE Spread has no option level"),
-        ("--env mpe2.simple_reference_v3 --env-options make 1", "cannot be made with the options {'make': 1.0}"),
+        ("--env mpe2.simple_reference_v3 --env-options make 1", "cannot be made with the options {'make': 1}"),
     ],
 )
 def test_bad_options_get_one_message_and_exit_code_2(script, options, expected, capsys):

@@ -247,10 +247,8 @@ def test_compare_says_how_likely_one_is_better(tmp_path, monkeypatch, capsys):
     code, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
     assert code == 0
     # Of .3, .4 against .2, .3: three of four pairs, and one is equal
-    said = "soft ends better than qmix with probability 0.88 (95 %: 0.50 to 1.00), few seeds"
-    both = (
-        "soft ends better than qmix with probability 0.88 (95 %: 0.62 to 1.00), few seeds"  # .5 twice: one draw in 256
-    )
+    said = "soft ends better than qmix with probability 0.88 (95 %: 0.50 to 1.00), few seeds, at 10,000 steps"
+    both = said.replace("0.50 to", "0.62 to")  # .5 twice: one draw in 256
     lines = [line for line in printed.out.splitlines() if "probability" in line]
     assert lines == [
         f"terran_5_vs_5 (sim 1): {said}", f"zerg_5_vs_5 (sim 1): {said}", f"SMACv2 (sim 1), 2 maps: {both}"
@@ -267,7 +265,8 @@ def test_compare_takes_both_at_the_same_step(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "b", "qmix", 1, [0.0, 0.5])
     options = ("--out", tmp_path / "x.png", "--final", 1, "--compare", "soft", "qmix")
     _, printed = run_plot(monkeypatch, capsys, tmp_path, *options)
-    assert "soft ends better than qmix with probability 0.00 (no interval: a single seed), few seeds" in printed.out
+    assert "soft ends better than qmix with probability 0.00 (no interval: a single seed)" in printed.out
+    assert "few seeds, at 10,000 steps" in printed.out
 
 
 def test_json_is_what_marl_eval_reads(tmp_path, monkeypatch, capsys):
@@ -318,6 +317,7 @@ def edit(old, new):
         ("metrics.csv", edit("0.25,2.5,60", "0.25,2."), "incomplete line"),
         ("metrics.csv", edit("0.25", "won"), "other than numbers"),
         ("metrics.csv", edit("0.25", "nan"), "other than numbers"),
+        ("metrics.csv", edit("10000,", "0,"), "steps that do not rise"),
         ("metrics.csv", edit("step", "time"), "no column step"),
         ("metrics.csv", edit("seconds", "sps"), "no column seconds"),
         ("metrics.csv", edit("win_rate", "won"), "no column win_rate"),
@@ -332,6 +332,13 @@ def test_a_damaged_folder_is_skipped_with_its_reason(tmp_path, monkeypatch, caps
     assert warning.startswith(f"warning: {tmp_path / 'a'} is skipped: ")
     assert reason in warning
     assert error.startswith("error: none of these runs")
+
+
+def test_a_test_of_one_episode_which_has_no_deviation_is_drawn(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.25])
+    (tmp_path / "a/metrics.csv").write_text("step,win_rate,return_mean,return_std,seconds\n0,0,1,nan,0\n9,1,2,nan,1\n")
+    code, printed = run_plot(monkeypatch, capsys, tmp_path)
+    assert (code, printed.err.count("skipped")) == (0, 0)
 
 
 @pytest.mark.parametrize(
