@@ -848,7 +848,7 @@ def command_enemies(units, table, battle, N):
         if me.type == MEDIVAC:
             if me.order == TARGET:
                 patient = units[me.target]
-                if not patient.alive or patient.health >= table[patient.type].health or me.energy <= 0:
+                if not patient.alive or patient.health >= table[patient.type].health:
                     me.order = NO_ORDER
             if me.order != TARGET and me.energy >= AUTO_HEAL_ENERGY:
                 patient_index = find_patient(units, j, table, N)

@@ -35,6 +35,9 @@ from common import (
     walk_agent,
 )
 
+import fop_smacv2
+import mappo_smacv2
+
 GAMMA, LAMBDA, ALPHA = 0.97, 0.6, 0.5
 AGENTS = range(SIZES.num_agents)
 
@@ -147,6 +150,22 @@ def test_losses_equal_a_loop_over_episodes_and_steps(script, flags, monkeypatch)
     for name, value in expected.items():  # the policy is float32 from the logits on
         assert logs[name].item() == pytest.approx(value, rel=1e-6), name
     assert loss.item() == pytest.approx(expected["td"] + expected.get("policy", 0), rel=1e-6)
+
+
+@over(SOFT)
+def test_the_next_action_is_drawn_from_the_soft_policy(script, monkeypatch):
+    """Once, of the available actions at t + 1; elsewhere in these tests it is the most probable one."""
+    args = make_args(script, alpha=ALPHA)
+    networks, asked, sample_action = make_networks(script, args, torch.float64), [], script.sample_action
+    batch, _ = make_batch(script, random_episodes([6, 4]), torch.float64)
+    monkeypatch.setattr(script, "sample_action", lambda *inputs: asked.append(inputs) or sample_action(*inputs))
+    compute_losses(script, networks, batch, args)
+    ((log_policy, mask),) = asked
+    assert torch.equal(mask, batch.mask[2:])
+    stage1, _ = networks.critic.agent(batch.obs, batch.last_action, sizes=batch.sizes)
+    values = networks.f(networks.critic.g(stage1, batch.state), batch.state) / ALPHA
+    expected = torch.softmax(values.masked_fill(~batch.mask, -math.inf), -1)[2:]
+    torch.testing.assert_close(log_policy.exp(), expected.to(log_policy.dtype))
 
 
 @over(SOFT)
@@ -365,7 +384,7 @@ def test_greedy_action_is_the_best_available_one(script):
     assert script.greedy_action(values, mask).flatten().tolist() == best
 
 
-@over(SOFT)
+@pytest.mark.parametrize("script", [*SOFT, fop_smacv2, mappo_smacv2], ids=lambda script: script.__name__)
 def test_samples_follow_the_policy(script):
     mask = torch.tensor([True, True, False, True])
     policy = script.masked_log_policy(torch.tensor([0.0, 1.0, 9.0, -1.0]), mask)

@@ -95,6 +95,30 @@ def test_every_environment_plays_one_episode(script):
     }
 
 
+class Breaks(Known):
+    """Environment 1 loses its first battle with the game after two steps, and begins it again."""
+
+    broken = False
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        lost = np.arange(self.num_envs) == (1 if self.time[1] == 2 and not self.broken else -1)
+        if lost.any():
+            self.broken, self.time[1] = True, 0
+            obs, now = self.look()
+            info |= now
+        return obs, reward, terminated, truncated, info | {"invalid": lost}
+
+
+@over(SMACV2)
+def test_a_battle_that_was_lost_with_its_game_counts_for_nothing(script):
+    inputs = []
+    assert evaluate(script, count(inputs), Breaks(BATTLES), 6) == evaluate(script, count([]), Known(BATTLES), 6)
+    for time, last_action, hidden in inputs:
+        assert torch.equal(hidden[:, :, 0], time[:, None].expand(3, 3))
+        assert torch.equal(last_action == -1, (time == 0)[:, None].expand(3, 3))
+
+
 @over(SMACV2 + MPE)
 def test_each_battle_begins_without_memory(script):
     """After a time limit, too. Within a battle, the last action is the one taken at the step before."""

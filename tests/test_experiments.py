@@ -155,6 +155,31 @@ def test_the_papers_experiments_are_what_the_scripts_take(name):
     assert all(not (ROOT / file).exists() for file in missing)
 
 
+PAPER = {  # what an algorithm of a table is: script, options other than the script's own, seeds
+    ("table3", "qmix"): ("qmix_mpe", {}, 5),
+    ("table3", "softqmix_0.1"): ("softqmix_mpe", {"alpha": 0.1}, 5),
+    ("table3", "softqmix_0.3"): ("softqmix_mpe", {"alpha": 0.3}, 5),
+    ("table3", "softqmix_1.0"): ("softqmix_mpe", {"alpha": 1.0}, 5),
+    ("table4", "qmix"): ("qmix_smacv2", {}, 3),
+    ("table4", "entropy"): ("softqmix_smacv2", {"use_g": False, "use_f": False}, 3),
+    ("table4", "function_f"): ("softqmix_smacv2", {"use_g": False}, 3),
+    ("table4", "softqmix"): ("softqmix_smacv2", {}, 3),
+}
+
+
+@pytest.mark.parametrize(("experiment", "algorithm"), PAPER)
+def test_an_algorithm_of_the_papers_tables_is_this_script_with_these_options(experiment, algorithm):
+    name, different, seeds = PAPER[experiment, algorithm]
+    runs, _ = experiments.plan(experiments.Args(experiment, algorithms=(algorithm,)))
+    assert [run.options["seed"] for run in runs] == sorted([*range(1, seeds + 1)] * 3)
+    for run in runs:
+        place = "level" if experiment == "table3" else "map"
+        plain = ["--" + place, run.options[place], "--seed", str(run.options["seed"]), *run.more]
+        own, _ = experiments.check(sys.modules[name], plain)
+        assert run.script == name
+        assert own | different == run.options
+
+
 def test_one_computation_is_one_run_in_every_experiment():
     four, three = ({run.identity for run in experiments.plan(experiments.Args(n))[0]} for n in ("table4", "figure3"))
     assert len(four) == 4 * 3 * 3
@@ -177,6 +202,9 @@ def test_subsets_and_varied_options(house, monkeypatch):
         (seed, alpha, use_g) for seed in (7, 8) for alpha in (0.5, 2.0) for use_g in (True, False)
     ]
     assert {(run.steps, run.options["level"], run.options["backend"]) for run in runs} == {(9, "hard", "other")}
+    assert runs[0].more == ["--total-timesteps", "9"]
+    ((run, *_), _) = experiments.plan(experiments.Args("mine", **given, total_timesteps=9, checkpoint_interval=5))
+    assert run.more == ["--total-timesteps", "9", "--checkpoint-interval", "5"]
     assert str(runs[0].folder) == "x/hard__b__alpha=0.5__use_g=True__7"
 
 
@@ -236,7 +264,9 @@ def put(folder, args, algorithm="toy_mpe", **files):
     folder.mkdir(parents=True)
     everything = {"exp_name": algorithm, "level": "hard", "backend": "batched", "seed": 1, "alpha": 0.5, "use_g": True,
                   "total_timesteps": 100, "checkpoint_interval": 1000, "run_dir": "", "resume": None}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"algorithm": algorithm, "args": everything | args}))
+    version = {"simulator_version": args["simulator_version"]} if "simulator_version" in args else {}
+    args = {name: value for name, value in args.items() if name != "simulator_version"}
+    (folder / "config.json").write_text(json.dumps({"algorithm": algorithm, **version, "args": everything | args}))
     for name, text in files.items():
         (folder / name.replace("_", ".")).write_text(text)
 
@@ -249,7 +279,7 @@ ONE = "custom --scripts toy_mpe --folder r"
     [
         ({}, "toy_mpe", True), ({"exp_name": "mine", "total_timesteps": 3}, "toy_mpe", True),
         ({"seed": 2}, "toy_mpe", False), ({"alpha": 0.6}, "toy_mpe", False), ({"level": "simple"}, "toy_mpe", False),
-        ({"other": 1}, "toy_mpe", False), ({}, "toy_smacv2", False),
+        ({"other": 1}, "toy_mpe", False), ({}, "toy_smacv2", False), ({"simulator_version": "1"}, "toy_mpe", False),
     ],
 )  # fmt: skip
 def test_a_run_is_what_its_config_says_and_not_its_name(house, monkeypatch, capsys, args, algorithm, same):

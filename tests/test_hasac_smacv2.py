@@ -650,19 +650,21 @@ def train(folder, env=Clockwork, listen=None, update=cheap_update, resume=False,
 @pytest.mark.parametrize(("rate", "starts", "first"), [(1.0, 60, 20), (1.0, 61, 21), (0.25, 60, 20), (2.5, 0, 1)])
 def test_random_steps_then_updates_at_their_rate(rate, starts, first, tmp_path):
     """Uniform play before step `learning_starts`; the first update after the step that reaches it."""
-    uniform, updates = [], []
+    uniform, updates, batches = [], [], []
 
     def listen(name, arguments, _):
         if name == "act":
             uniform.append(arguments[2])
         else:
             updates.append(len(uniform))
+            batches.append(arguments[2].obs)
 
     summary = train(tmp_path, Clockwork, listen, learning_starts=starts, updates_per_step=rate, total_timesteps=E * 30)
     assert uniform == [E * t < starts for t in range(30)]
     expected = [t for t in range(first, 31) for _ in range(int(t * rate) - int((t - 1) * rate))]
     assert updates == expected
     assert summary["updates"] == len(expected)
+    assert len({id(batch) for batch in batches}) == len(batches)  # one each
 
 
 @pytest.mark.parametrize("env", [Clockwork, Fragile])
@@ -751,7 +753,9 @@ def test_tensorboard_gets_returns_losses_and_temperatures(tmp_path, capsys):
     for name in tags:
         values = [scalar.value for scalar in log.Scalars(f"losses/{name}")]
         assert values == pytest.approx([logs[99][name].item()], rel=1e-5)
-    assert len(log.Scalars("charts/episodic_return")) == 60 // 2 + 60 // 3 - 60 // 15 + 60 // 4
+    returns = [scalar.value for scalar in log.Scalars("charts/episodic_return")]
+    assert len(returns) == 60 // 2 + 60 // 3 - 60 // 15 + 60 // 4
+    assert max(returns) <= 4 * 2 * 2  # of one episode, not of all before it
     for name in ("alpha", "alpha_critic"):
         values = [scalar.value for scalar in log.Scalars(f"charts/{name}")]
         assert values[0] == pytest.approx(0.5)

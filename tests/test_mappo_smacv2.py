@@ -189,6 +189,34 @@ def test_networks_are_as_described(networks):
     assert len(actor | critic) == len(list(fresh.parameters()))
 
 
+def plain(net, x, hidden):
+    """One step of a network, from PyTorch's own modules: x (E, N, features), hidden (E, N, H) -> output, hidden."""
+    E, N, _ = x.shape
+    cell = torch.nn.GRUCell(64, 64)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in net.gru.state_dict().items()})
+    x = torch.cat([x, torch.eye(N).expand(E, N, N)], dim=-1)
+    x = net.norm_in(x) if net.input_norm else x
+    x = net.norm2(torch.relu(net.fc2(net.norm1(torch.relu(net.fc1(x))))))
+    hidden = cell(x.flatten(0, 1), hidden.flatten(0, 1)).unflatten(0, (E, N))
+    return net.fc_out(net.norm3(hidden)), hidden
+
+
+@pytest.mark.parametrize("input_norm", [True, False])
+def test_networks_compute_what_is_described(input_norm):
+    """Each agent's own observation and id; the critic's state, too. Every weight and bias at random."""
+    networks = script.Networks(SIZES, make_args(input_norm=input_norm, death_masking=False))
+    for parameter in networks.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    row, hidden = random_row(np.random.default_rng(0), np.zeros(E, bool)), torch.randn(2, E, 3, 64)
+    expected = plain(networks.actor, row["obs"], hidden[0])
+    torch.testing.assert_close(networks.actor(row["obs"], None, hidden[0]), expected)
+    seen = torch.cat([row["state"].unsqueeze(1).expand(E, 3, 6), row["obs"]], dim=-1)
+    value, after = networks.critic(row["obs"], row["state"], row["mask"], hidden[1])
+    expected, then = plain(networks.critic, seen, hidden[1])
+    torch.testing.assert_close(value, expected.squeeze(-1))
+    torch.testing.assert_close(after, then)
+
+
 def test_chunks_unroll_to_what_acting_computed(networks):
     """Log-probabilities and values, in the chunks' order, with episodes that begin inside chunks; so the ratio is 1."""
     args = make_args()
@@ -334,9 +362,12 @@ def test_death_masking_hides_everything_but_the_id(networks, death_masking):
     dead = ~script.has_choice(row["mask"])
     assert dead.any()
     assert not dead.all()
-    other = row | {"obs": row["obs"] + 1 + torch.rand(E, 3, 4), "state": row["state"] + torch.rand(E, 6)}
-    same = script.value_of(networks, row, hidden) == script.value_of(networks, other, hidden)
-    assert torch.equal(same, dead if death_masking else torch.zeros_like(dead))
+    for changed in ({"obs": row["obs"] + 1 + torch.rand(E, 3, 4)}, {"state": row["state"] + torch.rand(E, 6)}):
+        same = script.value_of(networks, row, hidden) == script.value_of(networks, row | changed, hidden)
+        assert torch.equal(same, dead if death_masking else torch.zeros_like(dead))
+    if death_masking:  # without a memory, and all of them dead, they differ by their ids
+        value = script.value_of(networks, row | {"mask": torch.zeros_like(row["mask"])}, 0 * hidden)
+        assert len(set(value[0].tolist())) == 3
 
 
 def test_agents_are_interchangeable_but_for_their_ids(networks):

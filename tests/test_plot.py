@@ -50,6 +50,8 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "f", "qmix", 1, [0.0, 0.0, 0.0])
     write_run(tmp_path / "g", "qmix", 2, [0.0, 0.0, 0.0], td_weight=1)
     write_run(tmp_path / "h", "qmix", 3, [0.0, 0.0, 0.0], td_weight=0.1)
+    for name in ("True", "False"):  # another game
+        write_run(tmp_path / name, "vdn", 1, [0.0, 0.0, 0.0], env_options={"enemy_wipe": name == "True"})
     options = ("--out", tmp_path / "x.png", "--final", 2, "--at", 20_000, 20_000)  # twice: one column
     code, printed = run_plot(monkeypatch, capsys, tmp_path, tmp_path / "a", *options)  # a, too: still one seed
     assert code == 0
@@ -62,6 +64,8 @@ def test_table_and_picture(tmp_path, monkeypatch, capsys):
         ["zerg_5_vs_5 (sim 1)", "qmix td_weight=1", "win_rate", "1 (few)"],
         ["zerg_5_vs_5 (sim 1)", "soft alpha=0.03", "win_rate", "2 (few)"],
         ["zerg_5_vs_5 (sim 1)", "soft alpha=0.5", "win_rate", "1 (few)"],
+        ["zerg_5_vs_5 (sim 1)", "vdn env_options={'enemy_wipe': False}", "win_rate", "1 (few)"],
+        ["zerg_5_vs_5 (sim 1)", "vdn env_options={'enemy_wipe': True}", "win_rate", "1 (few)"],
         ["zerg_5_vs_5 (starcraft2 1)", "soft", "win_rate", "1 (few)"],  # never averaged with the simulator's
     ]
     # At 20,000 .3 and .4333, final .45 and .65, area .325 and .475; the standard deviation of two is |a - b| / sqrt 2
@@ -277,6 +281,7 @@ def test_json_is_what_marl_eval_reads(tmp_path, monkeypatch, capsys):
     code, printed = run_plot(monkeypatch, capsys, tmp_path, *files, "--final", 1)
     assert code == 0
     assert printed.out.splitlines()[-1] == f"Runs: {tmp_path / 'x.json'}"
+    assert "a seed is there more than once and counts as several" in printed.err
     tree = json.loads((tmp_path / "x.json").read_text())
     assert list(tree) == ["SMACv2 (sim 1)"]
     (task,) = tree.values()

@@ -402,7 +402,9 @@ def test_spawned_units_stand_apart_and_agents_are_sorted(map_name):
             assert (row[axis] <= 32 - body["radius"]).all()
         agents = [tuple(agent) for agent in row[["type", "x", "y"]][: env.num_agents].tolist()]
         assert agents == sorted(agents)
-        assert (row["health"] == body["health"]).all()
+        for name in ("health", "shield"):
+            assert (row[name] == body[name]).all()
+        assert (row["cooldown"] == 0).all()
         assert (row["energy"] == np.where(row["type"] == sim.MEDIVAC, 50, 0)).all()
     assert set(env._world.battles["phase"]) == set(range(8))
 
@@ -560,6 +562,8 @@ def test_time_out_is_a_terminal_without_win():
         ("marine", "marauder", 0, (5, 0)),  # armour
         ("marauder", "marauder", 0, (19, 0)),  # bonus against armored, then armour
         ("marauder", "marine", 0, (10, 0)),
+        ("marine", "medivac", 0, (5, 0)),  # armour
+        ("stalker", "stalker", 0, (13, 0)),  # bonus against armored, then armour
         ("stalker", "colossus", 0, (13, 0)),
         ("stalker", "zealot", 50, (0, 10)),  # shields first, without armour
         ("zealot", "stalker", 5, (2, 5)),  # what the shield leaves meets the armour
@@ -601,10 +605,13 @@ def test_figures_of_the_unit_types(name, way, radius, separation, sight, reach, 
 
 def test_ladder_table():
     wol, lotv = (sim.compile_unit_table(sim.UNIT_TABLES[name]) for name in ("wol", "lotv"))
-    assert lotv["health"][sim.HYDRALISK] == 90
-    assert lotv["damage"][sim.STALKER] + lotv["bonus_armored"][sim.STALKER] == 18
-    assert lotv["bonus_light"][sim.COLOSSUS] == 5
-    assert lotv["reach"][sim.COLOSSUS] == 7
+    units = {unit.name: unit for unit in sim.UNIT_TABLES["lotv"]}
+    colossus, hydralisk, medivac, stalker = (units[name] for name in ("colossus", "hydralisk", "medivac", "stalker"))
+    assert (colossus.damage, colossus.bonus, colossus.bonus_against, colossus.period, colossus.reach) == (
+        10, 5, "light", 1.5, 7
+    )  # fmt: skip
+    assert (hydralisk.health, hydralisk.period, medivac.speed, medivac.acceleration) == (90, 0.825, 2.5, 2.25)
+    assert (stalker.damage, stalker.bonus, stalker.period) == (13, 5, 1.87)
     changed = {sim.UNIT_NAMES[k] for k in range(9) if wol[k] != lotv[k]}
     assert changed == {"colossus", "hydralisk", "medivac", "stalker"}
     full = sim.expected_max_reward("zerg", 5, 5, "lotv") - sim.expected_max_reward("zerg", 5, 5)
@@ -1551,6 +1558,8 @@ def test_seeds():
     env = SMACv2Sim("zerg_5_vs_5", 4, seed=9)
     assert not equal(env.reset()[0], env.reset()[0])
     assert equal(env.reset(seed=0)[0], first[0])
+    rows = [row.tobytes() for seed in range(4) for row in SMACv2Sim("zerg_5_vs_5", 4, seed).reset()[0]]
+    assert len(set(rows)) == 16  # no two seeds share a battle
 
 
 def test_save_and_restore():

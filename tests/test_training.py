@@ -12,7 +12,7 @@ import common
 import numpy as np
 import pytest
 import torch
-from common import MPE, SMACV2, SOFT, acting_on, checkpoint_of, config_of, evaluated_agent, over, read_metrics
+from common import FOP, MPE, SMACV2, SOFT, acting_on, checkpoint_of, config_of, evaluated_agent, over, read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 E, LENGTHS = 3, np.array([2, 3, 4])  # environment e plays episodes of LENGTHS[e] steps
@@ -225,6 +225,29 @@ def test_stored_episodes_are_those_that_were_played(run):
     assert next(episodes, None) is None
 
 
+@pytest.mark.parametrize("script", [*SMACV2, *MPE, *FOP], ids=lambda script: script.__name__)
+def test_nothing_of_an_episode_that_was_lost_is_stored_or_remembered(script, tmp_path):
+    events = record(script, tmp_path, Fragile, **(dict(burn_in=6) if script in FOP else {}))
+    episodes = iter(stored_episodes(events))
+    for end in range(1, ITERATIONS + 1):
+        for e in np.flatnonzero(end % LENGTHS == 0):
+            if e != 1 or end % 15 != 0:
+                begin = end - LENGTHS[e]
+                assert next(episodes)["state"][:, 0].tolist() == [begin + 0.5, *range(begin + 1, end + 1)]
+    assert next(episodes, None) is None
+    for i, act in enumerate(event for event in events if event.name == "act"):
+        assert torch.equal((acting_on(act.arguments)[2] == 0).all(2).all(1), torch.tensor(i % LENGTHS == 0))
+
+
+@over(SMACV2 + MPE)
+def test_a_seed_fixes_the_networks_and_another_gives_others(script, tmp_path):
+    means = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(script, make_args(script, seed=seed, total_timesteps=E, run_dir=str(tmp_path / name)))
+        means.append(read_metrics(tmp_path / name)[0]["return_mean"])  # of the parameters, by results_of
+    assert means[0] == means[1] != means[2]
+
+
 def test_tests_and_checkpoints_come_at_the_first_step_after_their_interval(run):
     steps = {name: [event.step for event in run[2] if event.name == name] for name in ("evaluate", "save_checkpoint")}
     assert steps == {"evaluate": [0, 102, 201, 300, 360], "save_checkpoint": [0, 150, 300, 360]}
@@ -266,7 +289,7 @@ def test_checkpoints_hold_what_was_played_and_learnt(run):
     assert saved.counts == (360, EPISODES, updates)
     assert len(saved.optimizer["param_groups"]) == 1 + (script in SOFT)
     for group in saved.optimizer["param_groups"]:
-        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-3, (0.9, 0.999), 0)
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2e-3, (0.9, 0.999), 1e-8, 0)
     for state in saved.optimizer["state"].values():
         assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert state["step"] == updates
