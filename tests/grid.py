@@ -61,4 +61,4 @@ class Grid(ParallelEnv):
 
 def make(size=5, max_cycles=25, time_limit="cut", show_time=False, reward=1.0):
     """Args: time_limit, "cut" (the last value is bootstrapped) or "end" (nothing follows); show_time: seen, too."""
-    return Grid(int(size), int(max_cycles), time_limit, show_time, reward)
+    return Grid(size, max_cycles, time_limit, show_time, reward)

@@ -47,10 +47,13 @@ def test_the_time_limit_is_what_was_asked_for(time_limit):
 
 @over(MPE)
 def test_the_scripts_play_it(script, tmp_path, capsys):
-    options = ["--env", "tests.grid:make", "--env-options", "time_limit", "end", "--run-dir", tmp_path]
+    words = "time_limit end size 3 max_cycles 6 episode_limit 6 reward 1.5 show_time True"  # of all kinds
+    options = ["--env", "tests.grid:make", "--env-options", *words.split(), "--run-dir", tmp_path]
     options += ["--total-timesteps", 200, "--eval-episodes", 4, "--batch-size", 2, "--buffer-size", 8]
     code, output = run_main(script, capsys, *options)
     assert code == 0, output
     assert config_of(tmp_path, "summary")["updates"] > 0
     replay = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["replay"]
     assert replay["terminated"].any()
+    expected = dict(time_limit="end", size=3, max_cycles=6, episode_limit=6, reward=1.5, show_time=True)
+    assert config_of(tmp_path)["args"]["env_options"] == expected

@@ -204,6 +204,11 @@ def test_options_of_the_game_reach_it(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "make_env", lambda args, *rest: seen.append(args.env_options) or make_env(args, *rest))
     assert run_main(script, capsys, "--evaluate", tmp_path, "--env-options", "enemy_wipe", "False")[0] == 0
     assert seen == [{"enemy_wipe": False, "reward_scale": "first_episode"}] * 2  # what is not given is as it was
+    asked, results = [], {"return_mean": 1.0, "return_std": 1.0, "win_rate": 0.5}
+    monkeypatch.setattr(script, "evaluate", lambda *inputs: asked.append(inputs[3]) or results)
+    assert run_main(script, capsys, "--evaluate", tmp_path, "--seed", 7)[0] == 0
+    assert asked == [[7, 2**40]]  # battles that no test of a run has
+    monkeypatch.undo()
     line = ("--resume", tmp_path, "--total-timesteps", 12, "--env-options", "enemy_wipe", "False")
     assert "error: env_options is" in one_sentence(run_main(script, capsys, *line))
 
