@@ -47,7 +47,7 @@ class Spread:
     num_agents, num_actions, obs_size, state_size, episode_limit = 3, 5, 18, 54, 25
     backend, restarts = "batched", 0
 
-    def __init__(self, level: str, /, num_envs: int, seed: int = 0, **options):
+    def __init__(self, level: str, num_envs: int, seed: int = 0, **options):
         for wrong, sentence in (
             (options, f"MPE Spread has no option {next(iter(options), '')}; it has none at all."),
             (level not in LEVELS, f"MPE Spread has no level {level!r}; it has {', '.join(LEVELS)}."),
@@ -184,7 +184,7 @@ class SpreadMPE2(Spread):
 
     backend = "mpe2"
 
-    def __init__(self, level: str, /, num_envs: int, seed: int = 0, **options):
+    def __init__(self, level: str, num_envs: int, seed: int = 0, **options):
         super().__init__(level, num_envs, seed, **options)
         self.envs = []
         for _ in range(num_envs):

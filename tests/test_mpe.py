@@ -64,8 +64,8 @@ def test_both_backends_train_alike_and_another_seed_differently(tmp_path):
         ("--eval-episodes 0", "--eval-episodes"),
         ("--seed -1", "--seed"),
         ("--evaluate nowhere.pt", "nowhere.pt"),
-        ("--env-options seed 3", "--env-options cannot set num_envs or seed: use --num-envs or --seed."),
-        ("--env-options level hard", "MPE Spread has no option level"),
+        ("--env-options seed 3", "--env-options cannot set level, num_envs or seed: use --level"),
+        ("--env-options level hard", "--env-options cannot set level, num_envs or seed"),
         ("--env mpe2.simple_reference_v3 --env-options make 1", "cannot be made with the options {'make': 1}"),
     ],
 )
