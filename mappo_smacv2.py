@@ -126,7 +126,7 @@ class Recurrent(nn.Module):
             for name, parameter in layer.named_parameters():
                 nn.init.zeros_(parameter) if "bias" in name else nn.init.orthogonal_(parameter, layer_gain)
 
-    def unroll(self, x: torch.Tensor, hidden: torch.Tensor, first: torch.Tensor | None):
+    def unroll(self, x: torch.Tensor, hidden: torch.Tensor | None, first: torch.Tensor | None):
         """x (R, N, features), hidden (M, N, H) before the first of R / M steps -> output (R, N, ...), hidden after all.
         first (R,): an episode begins with this row, so what came before is forgotten."""
         hidden = x.new_zeros(*x.shape[:2], self.hidden_size) if hidden is None else hidden  # of one first step

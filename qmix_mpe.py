@@ -360,7 +360,7 @@ def prepare(args: Args) -> tuple:
             raise InputError(f"--{name.replace('_', '-')} is {value!a}: empty, or beyond this locale's letters.")
     if args.batch_size > args.buffer_size:
         raise InputError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}: lower it.")
-    if {"num_envs", "seed", "seed" if args.env else "level"} & args.env_options.keys():
+    if {"num_envs", "seed", *(() if args.env else ("level",))} & args.env_options.keys():
         raise InputError("--env-options cannot set level, num_envs or seed: use --level, --num-envs or --seed.")
     if args.track and not importlib.util.find_spec("wandb"):
         raise InputError("--track needs the package wandb: pip install wandb, or leave the option out.")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import read_metrics
+from common import config_of, read_metrics, resumed_args
 from test_training import Clock, Clockwork, E, results_of
 
 import fop_smacv2
@@ -10,7 +10,7 @@ import hasac_smacv2
 import mappo_smacv2
 
 OPTIONS = {
-    mappo_smacv2: dict(num_steps=12, chunk_length=4, anneal_steps=1000),
+    mappo_smacv2: dict(num_steps=12, chunk_length=4, anneal_steps=2000),
     fop_smacv2: dict(batch_size=4, buffer_size=50, burn_in=6),
     hasac_smacv2: dict(batch_size=8, buffer_size=600, learning_starts=60),
 }
@@ -65,18 +65,24 @@ def test_a_seed_fixes_the_run_and_another_gives_other_networks(script, tmp_path)
 def test_the_hours_of_a_resumed_run_are_those_of_its_parts(script, tmp_path):
     """A second a step of the batch, and none for the time between the two parts."""
     clock = Clock()
-
-    class Timed(Clockwork):
-        def step(self, action):
-            clock.now += 1
-            return super().step(action)
-
-    train(script, tmp_path, Timed, clock, total_timesteps=60)
+    train(script, tmp_path, clock.game, clock, total_timesteps=60)
     clock.now += 10_000
-    train(script, tmp_path, Timed, clock, total_timesteps=150, resume=str(tmp_path))
+    train(script, tmp_path, clock.game, clock, total_timesteps=150, resume=str(tmp_path))
     rows = read_metrics(tmp_path, drop=())
     assert [int(row["step"]) for row in rows] == [0, 60, 102, 150]
     assert [float(row["seconds"]) for row in rows] == pytest.approx([0, 20, 34, 50], abs=0.11)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_without_one(script, tmp_path):
+    """In battles; and its policy is a CPU's."""
+    options = dict(map="terran_3_vs_2", backend="sim", num_envs=E, total_timesteps=800, eval_episodes=4)
+    assert script.train(script.Args(**options | OPTIONS[script], run_dir=str(tmp_path)))["updates"] > 0
+    assert config_of(tmp_path)["device"] == "cuda"
+    policy = torch.load(tmp_path / "policy.pt", weights_only=True)
+    assert {value.device.type for value in policy["agent"].values()} == {"cpu"}
+    resumed = resumed_args(script, tmp_path, total_timesteps=1000, cuda=False)
+    assert script.train(resumed)["env_steps"] == 1002  # of three environments
 
 
 def test_the_optimiser_is_as_described(script, tmp_path):

@@ -102,7 +102,7 @@ class Breaks(Known):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
-        lost = np.arange(self.num_envs) == (1 if self.time[1] == 2 and not self.broken else -1)
+        lost = (np.arange(self.num_envs) == 1) & (self.time[1] == 2 and not self.broken)
         if lost.any():
             self.broken, self.time[1] = True, 0
             obs, now = self.look()

@@ -264,9 +264,9 @@ def put(folder, args, algorithm="toy_mpe", **files):
     folder.mkdir(parents=True)
     everything = {"exp_name": algorithm, "level": "hard", "backend": "batched", "seed": 1, "alpha": 0.5, "use_g": True,
                   "total_timesteps": 100, "checkpoint_interval": 1000, "run_dir": "", "resume": None}  # fmt: skip
-    version = {"simulator_version": args["simulator_version"]} if "simulator_version" in args else {}
-    args = {name: value for name, value in args.items() if name != "simulator_version"}
-    (folder / "config.json").write_text(json.dumps({"algorithm": algorithm, **version, "args": everything | args}))
+    args = everything | args
+    config = {"algorithm": algorithm, "simulator_version": args.pop("simulator_version", None), "args": args}
+    (folder / "config.json").write_text(json.dumps(config))
     for name, text in files.items():
         (folder / name.replace("_", ".")).write_text(text)
 

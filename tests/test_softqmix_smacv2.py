@@ -3,7 +3,6 @@
 What can befall any run has tests of its own, and so has the mathematics.
 """
 
-import importlib
 import json
 import math
 import re
@@ -118,27 +117,13 @@ def test_a_gpu_computes_the_losses_and_gradients_of_a_cpu(kind, monkeypatch):
         torch.testing.assert_close(results[1][name], expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
 
 
-OF_BASELINES = {
-    "mappo_smacv2": dict(num_steps=40, chunk_length=8, anneal_steps=10_000),
-    "fop_smacv2": dict(batch_size=8, buffer_size=24, burn_in=8),
-    "hasac_smacv2": dict(learning_starts=200, batch_size=50, buffer_size=500),
-}
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [script.__name__ for script in common.SMACV2 + common.MPE] + list(OF_BASELINES))
-def test_a_run_on_a_gpu_goes_on_without_one(name, tmp_path):
+@over(common.SMACV2 + common.MPE)
+def test_a_run_on_a_gpu_goes_on_without_one(script, tmp_path):
     """And its policy is a CPU's."""
-    script = importlib.import_module(name)
-    if options := OF_BASELINES.get(name):
-        args = script.Args(map="terran_3_vs_2", backend="sim", run_dir=str(tmp_path), eval_episodes=4, **options)
-        args.total_timesteps = 800
-    else:
-        args = small_args(script, tmp_path, total_timesteps=800)
-    assert train(script, args)["updates"] > 0
+    assert train(script, small_args(script, tmp_path, total_timesteps=800))["updates"] > 0
     assert common.config_of(tmp_path)["device"] == "cuda"
-    policy = torch.load(tmp_path / "policy.pt", weights_only=True)
-    assert {value.device.type for value in policy["agent"].values()} == {"cpu"}
+    assert {value.device.type for value in checkpoint_of(tmp_path).policy["agent"].values()} == {"cpu"}
     assert train(script, resumed_args(script, tmp_path, total_timesteps=1000, cuda=False))["env_steps"] == 1000
 
 

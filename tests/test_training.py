@@ -109,6 +109,17 @@ class Clock:
         self.now += 1e-4
         return self.now
 
+    def game(self):
+        """The clockwork, whose steps take a second each."""
+        game, step = Clockwork(), Clockwork.step
+
+        def timed(action):
+            self.now += 1
+            return step(game, action)
+
+        game.step = timed
+        return game
+
 
 def results_of(agent, *_) -> dict:
     """In the place of evaluate: results that only this agent has."""
@@ -323,15 +334,10 @@ def test_a_resumed_run_goes_on_where_it_stopped_in_every_column_and_its_hours(sc
     """A second a step of the batch, and none for the time between the two runs; a third run resumes a resumed one."""
     clock = Clock()
 
-    class Timed(Clockwork):
-        def step(self, action):
-            clock.now += 1
-            return super().step(action)
-
     def part(name, iterations, **options):
         """What was seen and done: the events of acting."""
         settings = dict(total_timesteps=E * iterations, buffer_size=20, tau=0.9, checkpoint_interval=10**6)
-        events = record(script, tmp_path / name, Timed, clock, **settings, **options)
+        events = record(script, tmp_path / name, clock.game, clock, **settings, **options)
         clock.now += 10_000
         return [event for event in events if event.name == "act"]
 
