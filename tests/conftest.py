@@ -1,10 +1,13 @@
 """Settings for all tests."""
 
+import signal
 import threading
 
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background job: the tests send it to commands
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the tests' networks and batches are too small to share among threads
 
 
