@@ -229,7 +229,7 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
     t = torch.cat(times)
     order = t.argsort(stable=True)
     now = torch.cat([time < len(time) - 1 for time in times])[order].nonzero().squeeze(1)
-    rows = {name: torch.cat([episode[name] for episode in episodes])[order].to(device) for name in episodes[0]}
+    rows = {key: torch.cat([episode[key] for episode in episodes]).to(device)[order.to(device)] for key in episodes[0]}
     return SimpleNamespace(**rows, now=now.to(device), sizes=t.bincount().tolist())
 
 

@@ -273,7 +273,7 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
     t = torch.cat(times)
     order = t.argsort(stable=True)
     now = torch.cat([time < len(time) - 1 for time in times])[order].nonzero().squeeze(1)
-    rows = {name: torch.cat([episode[name] for episode in episodes])[order].to(device) for name in episodes[0]}
+    rows = {key: torch.cat([episode[key] for episode in episodes]).to(device)[order.to(device)] for key in episodes[0]}
     return SimpleNamespace(**rows, now=now.to(device), sizes=t.bincount().tolist())
 
 
@@ -302,8 +302,8 @@ def compute_losses(networks: Networks, batch, args: Args) -> tuple[torch.Tensor,
     q_tot = critic.mixer(q_i.squeeze(-1), state)  # (R,)
 
     with torch.no_grad():
-        # g's hidden layer for all actions is large: a CPU is twice as fast in pieces that fit its cache.
-        pieces = zip(*(rows.split(1024) for rows in (stage1[B:], next_state, next_mask)), strict=True)
+        size = 8192 if state.is_cuda else 1024  # rows at a time: g's hidden layer for all actions fits a CPU's cache
+        pieces = zip(*(rows.split(size) for rows in (stage1[B:], next_state, next_mask)), strict=True)
         log_policy = torch.cat([soft_log_policy(networks, *piece, args.alpha) for piece in pieces])  # (R, N, A)
         next_action = sample_action(log_policy, next_mask).unsqueeze(-1)  # (R, N, 1), u'
         next_log_policy = log_policy.gather(-1, next_action).sum((1, 2))  # (R,)

@@ -1,16 +1,18 @@
 """End-to-end speed of the training scripts at the paper's settings, and where the time goes.
 
-    python benchmarks/training.py                                              # all four, a minute each
+    python benchmarks/training.py                                              # Soft-QMIX and QMIX, a minute each
+    python benchmarks/training.py --scripts mappo_smacv2 hasac_smacv2 --maps terran_5_vs_5 --num-envs 8
     python benchmarks/training.py --scripts softqmix_smacv2 --num-envs 64 --full-replay --seconds 480
     python benchmarks/training.py --scripts softqmix_smacv2 --maps protoss_5_vs_5 protoss_10_vs_10 --num-envs 4 16 64
 
 Trains with the script's own train(), with a clock around its parts, between two updates: the first one after the
 warm-up, and the first one --seconds later. The time for 10M steps, the paper's run, is extrapolated from that. One
 update follows every 4 episodes whatever the number of environments, so that more of them save acting, not learning.
-Tests and checkpoints come at the scripts' default intervals: a short measurement sees no checkpoint. "the rest" is
-recording and storing episodes, and the loop itself. On a machine shared with others, processor time tells more than the
-clock. Unless --full-replay is given, the replay is far from full; sampling takes as long, only memory grows. On a GPU
-every part is waited for, so that it is charged to itself: training without the clock is a little faster.
+With MAPPO sampling is making a batch of the rollout and an update all passes over it. Tests and checkpoints come at the
+scripts' default intervals: a short measurement sees no checkpoint. "the rest" is recording and storing episodes, and
+the loop itself. On a machine shared with others, processor time tells more than the clock. Unless --full-replay is
+given, the replay is far from full; sampling takes as long, only memory grows. On a GPU every part is waited for, so
+that it is charged to itself: training without the clock is a little faster.
 """
 
 import contextlib
@@ -37,11 +39,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.options import too_low, wrong_json, wrong_maps
 
 SCRIPTS = ("softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe")
+Script = Literal[(*SCRIPTS, "mappo_smacv2", "fop_smacv2", "hasac_smacv2")]
 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["softqmix_smacv2", "qmix_smacv2", "softqmix_mpe", "qmix_mpe"], ...] = SCRIPTS  # which ones
+    scripts: tuple[Script, ...] = SCRIPTS  # which ones
     maps: tuple[str, ...] = ("protoss_5_vs_5",)  # of the SMACv2 scripts, played on the simulator
     levels: tuple[Literal["simple", "medium", "hard"], ...] = ("hard",)  # of the MPE scripts
     num_envs: tuple[int, ...] = (4,)  # environments at a time
@@ -61,8 +64,10 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
     else:
         environment, settings = script.Spread, {"level": place}
     cuda = args.cuda and torch.cuda.is_available()
+    sampling = (script, "make_batch" if name == "mappo_smacv2" else "sample_batch")
+    sampling = (script.Replay, "sample") if name == "hasac_smacv2" else sampling
     parts = {
-        "acting": (script, "act"), "environment": (environment, "step"), "sampling": (script, "sample_batch"),
+        "acting": (script, "act"), "environment": (environment, "step"), "sampling": sampling,
         "learning": (script, "update"), "logging": (script.SummaryWriter, "add_scalar"),
         "tests": (script, "evaluate"), "files": (script, "write"),
     }  # fmt: skip
@@ -83,8 +88,8 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
                 spent[part] += time.perf_counter() - start
                 calls[part] += 1
                 busy.release()
-                if part == "sampling":
-                    stored = len(arguments[0])
+                if part == "sampling" and name != "mappo_smacv2":  # which has no replay
+                    stored = arguments[0].size * num_envs if name == "hasac_smacv2" else len(arguments[0])
                 if part == "learning":
                     mark()
 
@@ -93,7 +98,8 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
     def mark():
         """After an update: does the measurement begin or end here? More updates can follow in the same step."""
         now = time.perf_counter()
-        warm = now > began + args.warm_up and (stored == options.buffer_size or not args.full_replay)
+        full = stored == getattr(options, "buffer_size", stored)
+        warm = now > began + args.warm_up and (full or not args.full_replay)
         if not stop.is_set() and (now > marks[0][0] + args.seconds if marks else warm):
             marks.append((now, time.process_time(), calls["acting"], calls["learning"], *spent.values()))
             if len(marks) == 2:
@@ -111,7 +117,8 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
     return {
         "script": name, "place": place, "num_envs": num_envs, "seconds": seconds, "steps": steps, "updates": updates,
         "steps/s": steps / seconds, "steps per processor second": steps / processor,
-        "minutes for 10M steps, extrapolated": 1e7 / (steps / seconds) / 60, "episodes in the replay": stored,
+        "minutes for 10M steps, extrapolated": 1e7 / (steps / seconds) / 60,
+        "episodes in the replay (HASAC: steps)": stored,
         "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "GPU memory, MB": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
         "ms of acting per step of all environments": 1000 * spent["acting"] / acted if acted else None,
