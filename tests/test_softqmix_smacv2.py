@@ -283,7 +283,7 @@ def random_play(map_name: str, battles: int) -> tuple[float, float]:
     return first.mean(), first.std()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2, 3, pytest.param(4, marks=pytest.mark.gpu)])
 def test_it_learns(seed, tmp_path):
     """Greedy test battles return more than random play's mean by at least 4 standard errors of the difference."""
     settings = dict(total_timesteps=6000, eval_interval=6000, eval_episodes=128, batch_size=32, buffer_size=1000)
