@@ -271,7 +271,7 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
     episodes.sort(key=lambda episode: len(episode["reward"]), reverse=True)
     times = [torch.arange(len(episode["reward"])) for episode in episodes]
     t = torch.cat(times)
-    order = t.argsort(stable=True)
+    order = t.argsort(stable=True)  # into which the device puts the rows: a GPU is faster at it
     now = torch.cat([time < len(time) - 1 for time in times])[order].nonzero().squeeze(1)
     rows = {key: torch.cat([episode[key] for episode in episodes]).to(device)[order.to(device)] for key in episodes[0]}
     return SimpleNamespace(**rows, now=now.to(device), sizes=t.bincount().tolist())
@@ -302,7 +302,7 @@ def compute_losses(networks: Networks, batch, args: Args) -> tuple[torch.Tensor,
     q_tot = critic.mixer(q_i.squeeze(-1), state)  # (R,)
 
     with torch.no_grad():
-        size = 8192 if state.is_cuda else 1024  # rows at a time: g's hidden layer for all actions fits a CPU's cache
+        size = 8192 if state.is_cuda else 1024  # rows at a time: g's hidden layer in a CPU's cache, or few launches
         pieces = zip(*(rows.split(size) for rows in (stage1[B:], next_state, next_mask)), strict=True)
         log_policy = torch.cat([soft_log_policy(networks, *piece, args.alpha) for piece in pieces])  # (R, N, A)
         next_action = sample_action(log_policy, next_mask).unsqueeze(-1)  # (R, N, 1), u'

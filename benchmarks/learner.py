@@ -152,7 +152,8 @@ def benchmark(env, lengths: list[int], args: Args, device: torch.device, rate: f
 
     @torch.no_grad()
     def policy():
-        for rows in zip(*(x.split(1024) for x in (stage1[B:], batch.state[B:], batch.mask[B:])), strict=True):
+        size = 8192 if device.type == "cuda" else 1024  # as in compute_losses
+        for rows in zip(*(x.split(size) for x in (stage1[B:], batch.state[B:], batch.mask[B:])), strict=True):
             script.soft_log_policy(networks, *rows, options.alpha)
 
     row = measure(device, args.repeats, {

@@ -6,9 +6,10 @@
     python benchmarks/training.py --scripts softqmix_smacv2 --maps protoss_5_vs_5 protoss_10_vs_10 --num-envs 4 16 64
 
 Trains with the script's own train(), with a clock around its parts, between two updates: the first one after the
-warm-up, and the first one --seconds later. The time for 10M steps, the paper's run, is extrapolated from that. One
-update follows every 4 episodes whatever the number of environments, so that more of them save acting, not learning.
-With MAPPO sampling is making a batch of the rollout and an update all passes over it. Tests and checkpoints come at the
+warm-up, and the first one --seconds later. The time for 10M steps, the paper's run, is extrapolated from that. With
+Soft-QMIX and QMIX an update follows every 4 episodes whatever the number of environments, so that more of them save
+acting, not learning. With MAPPO sampling is making a batch of the rollout, an update is all passes over it, and
+--full-replay has no meaning; the paper has 8 environments for it and for HASAC. Tests and checkpoints come at the
 scripts' default intervals: a short measurement sees no checkpoint. "the rest" is recording and storing episodes, and
 the loop itself. On a machine shared with others, processor time tells more than the clock. Unless --full-replay is
 given, the replay is far from full; sampling takes as long, only memory grows. On a GPU every part is waited for, so
@@ -72,7 +73,8 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
         "tests": (script, "evaluate"), "files": (script, "write"),
     }  # fmt: skip
     spent, calls = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0)
-    busy, stop, marks, stored = threading.Lock(), threading.Event(), [], 0
+    busy, stop, marks = threading.Lock(), threading.Event(), []
+    stored = None if name == "mappo_smacv2" else 0  # which has no replay
 
     def clock(part: str, function):
         def timed(*arguments, **options):
@@ -88,7 +90,7 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
                 spent[part] += time.perf_counter() - start
                 calls[part] += 1
                 busy.release()
-                if part == "sampling" and name != "mappo_smacv2":  # which has no replay
+                if part == "sampling" and stored is not None:
                     stored = arguments[0].size * num_envs if name == "hasac_smacv2" else len(arguments[0])
                 if part == "learning":
                     mark()
@@ -98,7 +100,7 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
     def mark():
         """After an update: does the measurement begin or end here? More updates can follow in the same step."""
         now = time.perf_counter()
-        full = stored == getattr(options, "buffer_size", stored)
+        full = stored is None or stored > options.buffer_size - num_envs  # HASAC's is a multiple of num_envs
         warm = now > began + args.warm_up and (full or not args.full_replay)
         if not stop.is_set() and (now > marks[0][0] + args.seconds if marks else warm):
             marks.append((now, time.process_time(), calls["acting"], calls["learning"], *spent.values()))
