@@ -65,8 +65,10 @@ def measure(name: str, place: str, num_envs: int, args: Args) -> dict:
     else:
         environment, settings = script.Spread, {"level": place}
     cuda = args.cuda and torch.cuda.is_available()
-    sampling = (script, "make_batch" if name == "mappo_smacv2" else "sample_batch")
-    sampling = (script.Replay, "sample") if name == "hasac_smacv2" else sampling
+    if name == "hasac_smacv2":
+        sampling = script.Replay, "sample"
+    else:
+        sampling = script, "make_batch" if name == "mappo_smacv2" else "sample_batch"
     parts = {
         "acting": (script, "act"), "environment": (environment, "step"), "sampling": sampling,
         "learning": (script, "update"), "logging": (script.SummaryWriter, "add_scalar"),
