@@ -22,6 +22,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -421,17 +422,25 @@ def draw(groups: dict, measures: dict, args: Args) -> None:
     if args.caption:
         kind = "mean" if args.statistic == "mean" else "inter-quartile mean"
         tests = f", of a running mean over {args.smooth} tests" if args.smooth > 1 else ""
-        caption = f"Line: {kind} over seeds{tests}. Band: its 95 % bootstrap interval."
-        caption += " Cross: a run stopped early." if any(line.get_markevery() for line in lines.values()) else ""
+        sentences = [f"Line: {kind} over seeds{tests}. Band: its 95 % bootstrap interval."]
+        sentences += ["Cross: a run stopped early."] if any(line.get_markevery() for line in lines.values()) else []
+        caption = "\n".join(textwrap.fill(text, int(22 * size[0])) for text in sentences)  # letters in its small print
     handles = [plt.Line2D([], [], color=line.get_color(), linestyle=line.get_linestyle()) for line in lines.values()]
-    legend = figure.legend(handles, [f"line {i}" for i in range(len(lines))], loc="outside lower center", frameon=False,
-                           ncols=max(1, int(size[0] / 2.2)), title=caption, title_fontsize=6)  # fmt: skip
-    for text, label in zip(legend.get_texts(), lines, strict=True):  # set here, since labels may hold $ or begin with _
+    names = []
+    for label in lines:
         counts = [len(strata[0]) for (_, name), strata in groups.items() if name == label and len(strata) == 1]
         number = "to".join(f" {n} " for n in sorted({min(counts), max(counts)})).strip()
         few = ", few" if min(counts) < FEW else ""
-        text.set_parse_math(False)
-        text.set_text(f"{shown[label]} ({number} seed{'s' if number != '1' else ''}{few})")
+        names.append(f"{shown[label]} ({number} seed{'s' if number != '1' else ''}{few})")
+    for ncols in range(len(lines), 0, -1):  # as many columns as fit
+        legend = figure.legend(handles, [f"line {i}" for i in range(len(lines))], loc="outside lower center",
+                               frameon=False, ncols=ncols, title=caption, title_fontsize=6)  # fmt: skip
+        for text, name in zip(legend.get_texts(), names, strict=True):  # set here, as it may hold $ or begin with _
+            text.set_parse_math(False)
+            text.set_text(name)
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     if args.title:
         figure.suptitle(args.title, parse_math=False)
     picture(figure, Path(args.out))

@@ -459,6 +459,23 @@ def test_more_than_ten_groups_can_be_told_apart(tmp_path, monkeypatch, capsys):
     assert len({(handle.get_color(), str(handle._dash_pattern)) for handle in handles}) == 25
 
 
+@pytest.mark.parametrize(
+    ("label", "columns"), [("a", 3), ("softqmix, alpha=", 2), ("softqmix_mpe, alpha=0.3, use_f=False, use_g=", 1)]
+)
+def test_legend_and_caption_fit_into_the_picture(label, columns, tmp_path, monkeypatch, capsys):
+    for i in range(4):
+        write_run(tmp_path / f"{i}", f"{label}{i}", 1, [0.0] * 8)
+    write_run(tmp_path / "longer", f"{label}0", 2, [0.0] * 11)  # that the other stopped early makes a cross
+    (axes,) = draw(monkeypatch, capsys, tmp_path, "--statistic", "iqm", "--smooth", 2, "--size", 5.2, 3)
+    axes.figure.canvas.draw()
+    (legend,) = axes.figure.legends
+    assert "Cross" in legend.get_title().get_text()
+    assert legend._ncols == columns
+    box, picture = legend.get_window_extent(), axes.figure.bbox
+    assert 0 <= box.x0 <= box.x1 <= picture.width
+    assert box.y0 >= 0
+
+
 @pytest.mark.parametrize("name", ["curves.png", "runs.json"])
 def test_a_full_disk_leaves_the_older_file(name, tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs" / "a", "soft", 1, [0.3, 0.4])
