@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fop_smacv2
 import qmix_smacv2
@@ -346,3 +347,9 @@ def read_metrics(run_dir, drop=("sps", "seconds")) -> list[dict[str, str]]:
     """The rows of metrics.csv, without these columns."""
     with open(Path(run_dir) / "metrics.csv") as file:
         return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(file)]
+
+
+def logged_steps(run_dir, tag: str) -> list[int]:
+    """The steps at which TensorBoard shows this scalar, in the order of its curve."""
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return [scalar.step for scalar in log.Scalars(tag)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import config_of, read_metrics, resumed_args
+from common import config_of, logged_steps, read_metrics, resumed_args
 from test_training import Clock, Clockwork, E, results_of
 
 import fop_smacv2
@@ -71,6 +71,16 @@ def test_the_hours_of_a_resumed_run_are_those_of_its_parts(script, tmp_path):
     rows = read_metrics(tmp_path, drop=())
     assert [int(row["step"]) for row in rows] == [0, 60, 102, 150]
     assert [float(row["seconds"]) for row in rows] == pytest.approx([0, 20, 34, 50], abs=0.11)
+
+
+def test_tensorboard_shows_no_step_twice_after_a_kill(script, tmp_path):
+    """What a killed process had logged after its last checkpoint is dropped there when that checkpoint is resumed."""
+    train(script, tmp_path, total_timesteps=60)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    for steps in (150, 210):
+        (tmp_path / "checkpoint.pt").write_bytes(kept)
+        train(script, tmp_path, total_timesteps=steps, eval_interval=30, resume=str(tmp_path))
+    assert logged_steps(tmp_path, "eval/return_mean") == [0, 60, 90, 120, 150, 180, 210]
 
 
 @pytest.mark.gpu

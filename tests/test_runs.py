@@ -26,6 +26,7 @@ from common import (
     SOFT,
     checkpoint_of,
     config_of,
+    logged_steps,
     one_sentence,
     over,
     read_metrics,
@@ -236,6 +237,18 @@ def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path, capsys):
         process.communicate()
     step = checkpoint_of(tmp_path).counts[0]
     assert run_main(script, capsys, "--resume", tmp_path, "--total-timesteps", step + 40)[0] == 0
+
+
+def test_tensorboard_shows_no_step_twice_after_a_kill(run):
+    """What a killed process had logged after its last checkpoint is dropped there when that checkpoint is resumed."""
+    script, folder = run
+    kept = (folder / "checkpoint.pt").read_bytes()
+    for steps in (40, 80):
+        (folder / "checkpoint.pt").write_bytes(kept)
+        train(script, resumed_args(script, folder, total_timesteps=STEPS + steps, eval_interval=20))
+    steps = logged_steps(folder, "eval/return_mean")
+    assert steps[-4:] == [STEPS + more for more in (20, 40, 60, 80)]
+    assert len(set(steps)) == len(steps)
 
 
 @over(SCRIPTS)

@@ -1578,6 +1578,26 @@ def test_save_and_restore():
         assert equal(env.step(actions), copy.step(actions))
 
 
+def test_reset_finds_the_battles_begun_at_the_start_until_something_has_happened_to_them():
+    """Which a saved state remembers; afterwards it begins others."""
+    begun, env, fresh = (SMACv2Sim("protoss_5_vs_5", 3, seed) for seed in (9, 1, 9))
+    obs, saved = begun.observe()[0], begun.get_state()
+
+    def play():
+        env.step(random_actions(env.observe()[2], np.random.default_rng(0)))
+
+    play()
+    env.set_state(saved)
+    assert equal(env.reset()[0], obs)
+    fresh.set_state(env.get_state())  # of battles that have been reset
+    assert not equal(fresh.reset()[0], obs)
+    for happen in (play, lambda: env.load_battle(0, GOLDEN_ALLIES, GOLDEN_ENEMIES)):
+        env.set_state(saved)
+        happen()
+        there = env.observe()[0]
+        assert not equal(env.reset()[0], there)
+
+
 def test_restoring_something_else_is_refused():
     saved = SMACv2Sim("terran_5_vs_5", 3).get_state()
     with pytest.raises(ValueError, match="does not fit"):
