@@ -335,8 +335,8 @@ def main() -> int:
     except (OSError, InputError, FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # which is PyTorch's lack of memory
             raise
-        memory = isinstance(error, MemoryError | RuntimeError)
-        tqdm.write(f"error: {'lower --num-seeds or --buffer-size: ' if memory else ''}{error}", file=sys.stderr)
+        advice = "out of memory; lower --num-seeds or --buffer-size: "
+        tqdm.write(f"error: {advice if isinstance(error, MemoryError | RuntimeError) else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
 

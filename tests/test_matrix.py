@@ -350,7 +350,7 @@ def test_running_out_of_memory_gets_one_sentence(script, make, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [script.__name__])
     assert script.main() == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: lower --num-seeds or --buffer-size: ")
+    assert err.startswith("error: out of memory; lower --num-seeds or --buffer-size: ")
     assert err.count("\n") == 1
 
 
