@@ -192,14 +192,15 @@ def ignored(script) -> set[str]:
     return getattr(script, "MAY_CHANGE", {"run_dir"}) | {"exp_name"}
 
 
-def identity(script, version: str | None, options: dict) -> str:
+def identity(script, game: str | list | None, options: dict) -> str:
     """What a run of this script computes, as text to compare."""
     options = {name: value for name, value in options.items() if name not in ignored(script)}
-    return json.dumps([script.__name__, version, options], sort_keys=True)
+    return json.dumps([script.__name__, game, options], sort_keys=True)
 
 
-def check(script, words: list[str]) -> tuple[dict, str | None]:
-    """The script's options as it will use them, and the simulator's version; InputError if it would refuse them."""
+def check(script, words: list[str]) -> tuple[dict, str | list | None]:
+    """The script's options as it will use them, and what they do not say of the game, which is the simulator's version
+    or the payoff in a file; InputError if it would refuse them."""
     name = f"{script.__name__}.py"
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
@@ -209,11 +210,12 @@ def check(script, words: list[str]) -> tuple[dict, str | None]:
         raise InputError(f"{name} does not take {shlex.join(words)}: see python {name} --help.") from None
     except script.InputError as error:
         raise InputError(f"{name}: {error}") from None
-    envs = prepared[:2] if isinstance(prepared, tuple) else ()
-    for env in envs:
+    options = json.loads(json.dumps(asdict(args)))
+    if not isinstance(prepared, tuple):  # None or a payoff
+        return options, prepared if prepared is None else prepared.tolist()
+    for env in prepared[:2]:
         env.close()  # which may have processes of its own
-    about = envs[0].about if envs else {}
-    return json.loads(json.dumps(asdict(args))), about.get("simulator_version")
+    return options, prepared[0].about.get("simulator_version")
 
 
 def plan(args: Args) -> tuple[list[Run], list[str]]:
@@ -269,11 +271,11 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
             chosen = dict(zip(varied, values, strict=True))
             words = [*fixed, f"--{place_option}", place, "--seed", str(seed)]
             words += [word for key, value in chosen.items() for word in option(key, value, known[key])]
-            options, version = check(script, words + more)
+            options, game = check(script, words + more)
             words += ["--backend", options["backend"]] if "backend" in options and "backend" not in chosen else []
             label = [Path(place).stem, algorithm, *(f"{k}={v}" for k, v in chosen.items() if k != "backend"), str(seed)]
             folder = Path(args.folder, "__".join(label).replace("/", "-").replace(" ", "-"))
-            same = identity(script, version, options)
+            same = identity(script, game, options)
             runs.setdefault(same, Run(name, words, more, options, options["total_timesteps"], same, folder))
     if not runs or (args.scripts and missing):
         there = sorted(path.name for kind in PLACE for path in ROOT.glob(f"*_{kind}.py"))
@@ -320,7 +322,8 @@ def find(runs: list[Run], folder: str) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not of such a run
             config = json.loads(file.read_text())
             script = wanted[config.get("algorithm", config["args"]["exp_name"])]
-            holders[identity(script, config.get("simulator_version"), config["args"])].append(file.parent)
+            game = config.get("simulator_version") or config.get("payoff")
+            holders[identity(script, game, config["args"])].append(file.parent)
     taken = set()
     for run in runs:
         order, best = ["new", "unfinished", "in use", "finished"], (0, 0)

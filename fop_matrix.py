@@ -261,7 +261,7 @@ def train(args: Args) -> dict:
     except OSError as error:
         raise InputError(f"--run-dir {run_dir} already holds a run or files, or: {error.strerror}.") from None
     about = {"algorithm": ALGORITHM, "args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
-    write(run_dir / "config.json", json.dumps(about, indent=2))
+    write(run_dir / "config.json", json.dumps(about | {"payoff": payoff.tolist()}, indent=2))
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     models, generators = [], []  # for exploration and replay; they go on where initialisation stopped
     for seed in seeds:

@@ -234,7 +234,7 @@ def train(args: Args) -> dict:
     except OSError as error:
         raise InputError(f"--run-dir {run_dir} already holds a run or files, or: {error.strerror}.") from None
     about = {"algorithm": ALGORITHM, "args": vars(args), "python": sys.version.split()[0], "torch": torch.__version__}
-    write(run_dir / "config.json", json.dumps(about, indent=2))
+    write(run_dir / "config.json", json.dumps(about | {"payoff": payoff.tolist()}, indent=2))
     seeds, weights = list(range(args.seed, args.seed + args.num_seeds)), list(dict.fromkeys((args.td_weight, 1.0)))
     td_weight = torch.tensor([w for w in weights for _ in seeds])  # (K,), weight by weight
     models, generators = [], []  # for exploration and replay; they go on where initialisation stopped

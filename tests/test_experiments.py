@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from filelock import FileLock
 
 import experiments
@@ -26,6 +27,7 @@ import json, os, signal, sys, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+import tyro
 import tyro
 from filelock import FileLock
 
@@ -288,6 +290,20 @@ def test_a_run_is_what_its_config_says_and_not_its_name(house, monkeypatch, caps
     assert out.splitlines()[-1].startswith(f"{int(same)} of 1 runs are finished")
     words = main(monkeypatch, capsys, f"{ONE} --print")[1].split()
     assert words == [] if same else words[words.index("--run-dir") + 1] == "r/hard__toy_mpe__1-2"  # nothing is touched
+
+
+@pytest.mark.parametrize("script", ["qmix_matrix", "softqmix_matrix", "fop_matrix"])
+def test_a_payoff_file_that_has_changed_makes_another_run(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("game.csv").write_text("1, 0\n0, 2\n")
+    line = f"custom --scripts {script} --places game.csv --vary num-seeds 1 --total-timesteps 130"
+    (_, _, *words) = shlex.split(main(monkeypatch, capsys, f"{line} --print")[1])
+    module = sys.modules[script]
+    module.train(tyro.cli(module.Args, args=words))
+    Path("game.csv").write_text("1,0\n\n0,2.0\n")  # the same in other letters
+    assert "1 of 1 runs are finished" in main(monkeypatch, capsys, line)[1]
+    Path("game.csv").write_text("1, 0\n0, 3\n")
+    assert "0 of 1 runs are finished" in main(monkeypatch, capsys, line)[1]
 
 
 def test_the_most_advanced_of_several_folders_goes_on(house, monkeypatch, capsys):
