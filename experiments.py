@@ -199,13 +199,13 @@ def identity(script, game: str | list | None, options: dict) -> str:
 
 
 def check(script, words: list[str]) -> tuple[dict, str | list | None]:
-    """The script's options as it will use them, and what they do not say of the game, which is the simulator's version
-    or the payoff in a file; InputError if it would refuse them."""
+    """The script's options as it will use them, and what they do not say of the game: the simulator's version, or the
+    payoff itself, as a file may change; InputError if it would refuse them."""
     name = f"{script.__name__}.py"
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
             args = tyro.cli(script.Args, args=words)
-            prepared = script.prepare(args) if hasattr(script, "prepare") else script.check_args(args)
+            prepared = script.prepare(args)
     except SystemExit:
         raise InputError(f"{name} does not take {shlex.join(words)}: see python {name} --help.") from None
     except script.InputError as error:

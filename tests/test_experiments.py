@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 import tyro
-import tyro
 from filelock import FileLock
 
 MAY_CHANGE = {"total_timesteps", "checkpoint_interval", "run_dir", "resume"}
