@@ -349,7 +349,11 @@ def read_metrics(run_dir, drop=("sps", "seconds")) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(file)]
 
 
+def event_log(run_dir) -> EventAccumulator:
+    """What TensorBoard has of this run, with all of its scalars."""
+    return EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+
+
 def logged_steps(run_dir, tag: str) -> list[int]:
     """The steps at which TensorBoard shows this scalar, in the order of its curve."""
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return [scalar.step for scalar in log.Scalars(tag)]
+    return [scalar.step for scalar in event_log(run_dir).Scalars(tag)]

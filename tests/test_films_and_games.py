@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import MPE, SMACV2, config_of, one_sentence, over, read_metrics, run_main
+from common import MPE, SMACV2, config_of, event_log, one_sentence, over, read_metrics, run_main
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hasac_smacv2
 import mappo_smacv2
@@ -45,7 +44,7 @@ def test_the_last_test_is_filmed_and_changes_nothing(script, tmp_path, monkeypat
     with Image.open(tmp_path / "filmed" / "evaluation.gif") as film:
         assert film.size[0] == size
         assert film.n_frames > 5
-    (image,) = EventAccumulator(str(tmp_path / "filmed")).Reload().Images("evaluation")
+    (image,) = event_log(tmp_path / "filmed").Images("evaluation")
     assert image.step == 80
     assert image.encoded_image_string == (tmp_path / "filmed" / "evaluation.gif").read_bytes()
     (tmp_path / "filmed" / "evaluation.gif").unlink()

@@ -14,6 +14,7 @@ from common import (
     SIZES,
     acting_on,
     checkpoint_of,
+    event_log,
     make_batch,
     random_episodes,
     read_metrics,
@@ -21,7 +22,6 @@ from common import (
     run_main,
     walk_agent,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_readme import python_example
 
 import fop_smacv2 as script
@@ -513,7 +513,7 @@ def test_an_update_has_the_alpha_of_its_step_and_a_batch_of_stored_episodes(run)
 
 def test_tensorboard_gets_both_schedules_and_the_losses(run):
     _, run_dir, events = run
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    log = event_log(run_dir)
     updates = [event for event in events if event.name == "update"][24::25]
     for name in ("td", "policy", "q_tot", "entropy"):
         logged = [(scalar.step, scalar.value) for scalar in log.Scalars(f"losses/{name}")]

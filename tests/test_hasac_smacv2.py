@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from common import IMPOSSIBLE, refused_before_a_file_is_made, run_main
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from common import IMPOSSIBLE, event_log, refused_before_a_file_is_made, run_main
 from test_mappo_smacv2 import Agree
 from test_training import LENGTHS as CLOCKWORK_LENGTHS
 from test_training import Clockwork, Fragile, Infinite
@@ -747,7 +746,7 @@ def test_tensorboard_gets_returns_losses_and_temperatures(tmp_path, capsys):
     logs = []
     rates = dict(updates_per_step=2.5, alpha=0.5)
     train(tmp_path, Fragile, lambda name, _, result: logs.append(result) if name == "update" else None, **rates)
-    log = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    log = event_log(tmp_path)
     tags = {tag.removeprefix("losses/") for tag in log.Tags()["scalars"] if tag.startswith("losses/")}
     assert tags == {"td", "q", "policy", "entropy"}
     for name in tags:

@@ -7,9 +7,8 @@ import json
 
 import pytest
 import torch
-from common import MPE, checkpoint_of, over, read_metrics, resumed_args, run_main, small_args, train
+from common import MPE, checkpoint_of, event_log, over, read_metrics, resumed_args, run_main, small_args, train
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import softqmix_mpe
 from envs.spread import Spread
@@ -31,7 +30,7 @@ def test_run_leaves_the_promised_files_and_a_video(script, tmp_path):
     video = Image.open(tmp_path / "evaluation.gif")
     shown = [video.seek(i) or video.info["duration"] for i in range(video.n_frames)]  # a still is one longer frame
     assert sum(shown) == 3 * (26 + 9) * 100  # the end of each episode is shown for a second
-    images = EventAccumulator(str(tmp_path)).Reload().Images("evaluation")
+    images = event_log(tmp_path).Images("evaluation")
     assert images[0].encoded_image_string == (tmp_path / "evaluation.gif").read_bytes()
 
 

@@ -15,6 +15,7 @@ from common import (
     CPU,
     SMACV2,
     checkpoint_of,
+    event_log,
     make_args,
     make_batch,
     one_sentence,
@@ -57,9 +58,7 @@ def test_run_leaves_the_promised_files(finished_run):
 
 
 def test_tensorboard_has_the_usual_tags(finished_run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(finished_run[0])).Reload()
+    events = event_log(finished_run[0])
     charts = [f"charts/{name}" for name in ("episodic_return", "SPS", "alpha", "env_restarts")]
     evals = ("return_mean", "return_std", "win_rate")
     assert {*charts, *(f"eval/{name}" for name in evals)} <= set(events.Tags()["scalars"])

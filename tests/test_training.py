@@ -12,8 +12,19 @@ import common
 import numpy as np
 import pytest
 import torch
-from common import FOP, MPE, SMACV2, SOFT, acting_on, checkpoint_of, config_of, evaluated_agent, over, read_metrics
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from common import (
+    FOP,
+    MPE,
+    SMACV2,
+    SOFT,
+    acting_on,
+    checkpoint_of,
+    config_of,
+    evaluated_agent,
+    event_log,
+    over,
+    read_metrics,
+)
 
 E, LENGTHS = 3, np.array([2, 3, 4])  # environment e plays episodes of LENGTHS[e] steps
 ITERATIONS = 120
@@ -266,7 +277,7 @@ def test_tests_and_checkpoints_come_at_the_first_step_after_their_interval(run):
 
 def test_tensorboard_gets_returns_exploration_and_losses(run):
     script, run_dir, events = run
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    log = event_log(run_dir)
     update = [event for event in events if event.name == "update"][24]
     losses = {"td", "q_tot", "policy", "entropy"} if script in SOFT else {"td", "q_tot"}
     assert {tag.removeprefix("losses/") for tag in log.Tags()["scalars"] if tag.startswith("losses/")} == losses
@@ -323,7 +334,7 @@ def test_metrics_have_a_row_for_every_test(run):
     assert len({row["return_mean"] for row in rows}) == len(rows)
     last = json.loads((run_dir / "summary.json").read_text())["eval"]
     assert all(last[name] == tests[-1].result[name] for name in last.keys() - {"episodes"})
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    log = event_log(run_dir)
     for name in last.keys() - {"episodes"}:
         logged = [(scalar.step, scalar.value) for scalar in log.Scalars(f"eval/{name}")]
         assert logged == [(test.step, pytest.approx(test.result[name])) for test in tests]
