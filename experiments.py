@@ -105,7 +105,7 @@ class Args:
     workers: int = 1  # runs at a time on this machine, each with one thread (or the environment's OMP_NUM_THREADS)
     ray: str | None = None  # run on the Ray cluster at this address instead; auto: the one this machine belongs to
     cpus: int = 1  # of each run on the cluster
-    gpus: float = 0.0  # of each run on the cluster; 0.5: two share one, which gains little
+    gpus: float = 0.0  # of each run on the cluster; 0.5: two share one, which gains much with NVIDIA's MPS only
     memory: float = 0.0  # GB of each run on the cluster, which bounds the runs of a node; such as of StarCraft II's
     algorithms: tuple[str, ...] = ()  # instead of all of the experiment's
     scripts: tuple[str, ...] = ()  # of a custom experiment
