@@ -144,7 +144,9 @@ class Run:
     def progress(self) -> tuple[int, str, float]:
         """Step, result and steps per second by the last ten tests, as far as there are any."""
         try:
-            rows = list(csv.DictReader((self.folder / "metrics.csv").read_text().splitlines()))[-10:]
+            rows = list(csv.DictReader((self.folder / "metrics.csv").read_text().splitlines()))
+            own = (None, str(self.options.get("td_weight")))  # a matrix script's file has the rows of weight 1, too
+            rows = [row for row in rows if row.get("td_weight") in own][-10:]
             name = next(name for name in ("win_rate", "success_rate", "return_mean") if name in rows[-1])
             result = f"{name.removesuffix('_mean').replace('_', ' ')} {float(rows[-1][name]):.2f}"
             (step, start), (before, begin) = (

@@ -1,7 +1,7 @@
 """What did it learn? Plays one greedy test episode of a trained run and writes down what its networks say at each step.
 
     python explain.py runs/NAME                          # battle.csv and battle.png in the run's folder
-    python explain.py runs/NAME --seed 7 --out pictures  # another battle, another folder
+    python explain.py runs/NAME --seed 7 --out pictures  # another battle, into a folder that is there
 
 Of a QMIX or Soft-QMIX run on SMACv2 or in MPE, of the networks in its checkpoint.pt. battle.csv has a row per step and
 agent: the action, as number and name; stage1, its value by the agent network; q_i, that value after g; f, the same

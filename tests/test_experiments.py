@@ -291,6 +291,13 @@ def test_a_run_is_what_its_config_says_and_not_its_name(house, monkeypatch, caps
     assert words == [] if same else words[words.index("--run-dir") + 1] == "r/hard__toy_mpe__1-2"  # nothing is touched
 
 
+@pytest.mark.parametrize(("weight", "rate"), [(0.1, "1.00"), (1.0, "0.25")])
+def test_a_matrix_game_shows_the_result_of_its_own_weight(weight, rate, tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,td_weight,success_rate\n130,0.1,1.0\n130,1.0,0.25\n")
+    run = experiments.Run("qmix_matrix", [], [], {"td_weight": weight}, 130, "", tmp_path)
+    assert run.progress() == (130, f"success rate {rate}", 0)
+
+
 @pytest.mark.parametrize("script", ["qmix_matrix", "softqmix_matrix", "fop_matrix"])
 def test_a_payoff_file_that_has_changed_makes_another_run(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
