@@ -242,11 +242,13 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
     algorithms = algorithms | {Path(name).stem: (name, 1) for name in args.scripts}
     if unknown := [name for name in args.algorithms if name not in algorithms]:
         raise InputError(f"{args.experiment} has no algorithm {unknown[0]!r}: choose of {', '.join(algorithms)}.")
-    names = [words[0].replace("-", "_") if words else "" for words in args.vary]
-    if "" in names or (twice := [name for i, name in enumerate(names) if name in names[:i]]):
-        wrong = f"is given twice for {twice[0]}" if "" not in names else "names no option"
-        raise InputError(f"--vary {wrong}: give an option and all of its values after one --vary.")
-    vary = {name: words[1:] for name, words in zip(names, args.vary, strict=True)}
+    vary, rule = {}, "give an option and all of its values after one --vary."
+    if () in args.vary:
+        raise InputError(f"--vary names no option: {rule}")
+    for word, *values in args.vary:
+        if (name := word.replace("-", "_")) in vary:
+            raise InputError(f"--vary is given twice for {name}: {rule}")
+        vary[name] = values
     if empty := [name for name, values in vary.items() if not values]:
         raise InputError(f"--vary {empty[0]} has no values: --vary {empty[0]} VALUE VALUE ...")
     own = {"seed": "seeds", "total_timesteps": "total-timesteps"} | dict.fromkeys(PLACE.values(), "places")
