@@ -75,10 +75,11 @@ EXPERIMENTS = {  # where, environment steps, and for each algorithm its command 
 }  # fmt: skip
 # Hours of one core per million steps, and how much longer 5, 10, 20 a side take: an AMD EPYC (Zen 2), 2026-11-24,
 # OMP_NUM_THREADS=1 python benchmarks/training.py --threads 1 --seconds 40 (docs/performance.md). MPE: with two threads,
-# both counted; the growth is Soft-QMIX's; matrix games: 64 seeds at two weights, 2026-11-22 (results/matrix.md). MAPPO,
-# FOP, HASAC: docs/mappo.md, docs/fop.md, docs/hasac.md, 2026-11-25.
+# both counted; the growth is Soft-QMIX's; matrix games: 64 seeds at two weights, 2026-11-22 (results/matrix.md), FOP's
+# on an Intel Xeon, 2026-11-26. MAPPO, FOP, HASAC: docs/mappo.md, docs/fop.md, docs/hasac.md, 2026-11-25.
 HOURS = {"softqmix_smacv2": 0.69, "qmix_smacv2": 0.45, "softqmix_mpe": 0.64, "qmix_mpe": 0.46}
-HOURS |= {"softqmix_matrix": 2.2, "qmix_matrix": 2.2, "mappo_smacv2": 0.3, "fop_smacv2": 0.9, "hasac_smacv2": 7.5}
+HOURS |= {"softqmix_matrix": 2.2, "qmix_matrix": 2.2, "fop_matrix": 7.3}
+HOURS |= {"mappo_smacv2": 0.3, "fop_smacv2": 0.9, "hasac_smacv2": 7.5}
 GROWTH = {5: 1.0, 10: 2.2, 20: 6.5}
 # What a run's process does before it becomes the script: it will stop itself (SIGTERM, so with a checkpoint) as soon as
 # its standard input ends, because the process that started it closes it or is no more.
@@ -142,17 +143,16 @@ class Run:
         return [script, *self.words, "--run-dir", str(self.folder), *self.more]
 
     def progress(self) -> tuple[int, str, float]:
-        """Step, result and steps per second by the last ten tests, as far as there are any."""
+        """Step, result, and steps per second by those of the last ten tests that found updates made; 0: unknown."""
         try:
             rows = list(csv.DictReader((self.folder / "metrics.csv").read_text().splitlines()))
             own = (None, str(self.options.get("td_weight")))  # a matrix script's file has the rows of weight 1, too
             rows = [row for row in rows if row.get("td_weight") in own][-10:]
             name = next(name for name in ("win_rate", "success_rate", "return_mean") if name in rows[-1])
             result = f"{name.removesuffix('_mean').replace('_', ' ')} {float(rows[-1][name]):.2f}"
-            (step, start), (before, begin) = (
-                (int(row["step"]), float(row.get("seconds", 0))) for row in (rows[-1], rows[0])
-            )
-            return step, result, (step - before) / (start - begin) if start > begin else 0.0
+            step, first = int(rows[-1]["step"]), next((row for row in rows if row.get("updates") != "0"), rows[-1])
+            seconds = float(rows[-1].get("seconds", 0)) - float(first.get("seconds", 0))
+            return step, result, (step - int(first["step"])) / seconds if seconds > 0 else 0.0
         except (OSError, ValueError, KeyError, IndexError, StopIteration):
             return 0, "", 0.0
 
@@ -165,14 +165,15 @@ class Run:
             return max(0, self.steps - step) / rate / 3600
         sizes = [int(word) for word in self.options.get("map", "").split("_") if word.isdigit()]
         growth = next((GROWTH[size] for size in GROWTH if max(sizes, default=0) <= size), GROWTH[20])
-        return HOURS[self.script] * growth * self.steps / 1e6 if self.script in HOURS else None
+        return HOURS[self.script] * growth * max(0, self.steps - step) / 1e6 if self.script in HOURS else None
 
     def line(self) -> str:
         """Step, result, steps per second, hours left, name."""
         step, result, rate = self.progress()
         hours, pace = self.hours(), f"{rate:,.0f}/s" if rate else ""
         left = "" if self.state == "finished" else "? h left" if hours is None else f"{hours:.1f} h left"
-        game = f" ({self.options['backend']})" if "backend" in self.options else ""
+        game = self.options.get("env") or self.options.get("backend")  # another game's name, where there is one
+        game = f" ({game})" if game else ""
         return f"{step:>10,}/{self.steps:<10,} {result:17} {pace:>7} {left:>12}  {self.folder.name}{game}"
 
 
@@ -234,6 +235,8 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
     ):
         if (value := getattr(args, name)) is not None and not low <= value:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}.")
+    if Path(args.folder).exists() and not Path(args.folder).is_dir():
+        raise InputError(f"--folder {args.folder} is a file: give a folder, which need not exist yet.")
     if (args.experiment == "custom") != bool(args.scripts):
         raise InputError(
             "A custom experiment, and no other, needs --scripts: python experiments.py custom --scripts ..."

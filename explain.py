@@ -1,7 +1,7 @@
 """What did it learn? Plays one greedy test episode of a trained run and writes down what its networks say at each step.
 
     python explain.py runs/NAME                          # battle.csv and battle.png in the run's folder
-    python explain.py runs/NAME --seed 7 --out pictures  # another battle, into a folder that is there
+    python explain.py runs/NAME --seed 7 --out pictures  # another battle, into another folder
 
 Of a QMIX or Soft-QMIX run on SMACv2 or in MPE, of the networks in its checkpoint.pt. battle.csv has a row per step and
 agent: the action, as number and name; stage1, its value by the agent network; q_i, that value after g; f, the same
@@ -46,16 +46,17 @@ class Args:
     seed: int = 0
     """of the episode"""
     out: str | None = None
-    """folder for battle.csv and battle.png; default: the run's"""
+    """folder for battle.csv and battle.png, made if need be; default: the run's"""
 
 
 def load_run(folder: str) -> tuple:
     """The script that trained this run, what its checkpoint holds, its options, one environment, and its networks."""
     try:
-        algorithm = json.loads(Path(folder, "config.json").read_text())["algorithm"]
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no run's folder: it has no config.json.") from None
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads(Path(folder, "config.json").read_text())
+        algorithm = config.get("algorithm") or config["args"]["exp_name"]  # older runs do not name it
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder} is no run's folder: it has no config.json; a policy.pt has no mixer.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{folder}/config.json is damaged, or not a training script's.") from None
     if algorithm not in ALGORITHMS:
         raise InputError(f"{folder} is a run of {algorithm!a}; what can be explained is {', '.join(ALGORITHMS)}.")
@@ -179,13 +180,15 @@ def draw(rows: list[dict], title: str) -> bytes:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Under a temporary name and renamed, so that no file is ever left half written."""
+    """Under a temporary name and renamed, so that no file is ever left half written; makes its folder."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise InputError(f"{path} cannot be written ({error.strerror}).") from None
 
 
@@ -195,8 +198,6 @@ def main() -> int:
         if not 0 <= args.seed < 2**31:
             raise InputError(f"--seed is {args.seed}; it must be in [0, {2**31 - 1}].")
         folder = Path(args.out or args.folder)
-        if not folder.is_dir():
-            raise InputError(f"There is no folder {folder}.")
         script, saved, options, env, networks = load_run(args.folder)
         rows, end = play(script, options, env, networks, args.seed)
         env.close()

@@ -21,6 +21,7 @@ in 84 %, with 10 in 91 %. Fewer than five are called few.
 import io
 import json
 import os
+import re
 import sys
 import textwrap
 from collections import defaultdict
@@ -317,6 +318,9 @@ def comparison(groups: dict, measures: dict, args: Args) -> list[str]:
             continue
         sides = [{runs[0].task: complete(runs) for runs in groups[place, name]} for name in args.compare]
         tasks = [task for task in sides[0] if task in sides[1]]
+        where = re.sub(r"\d+ maps$", f"{len(tasks)} maps", place)  # of those over all maps, those that both played
+        if where != place and len(tasks) < 2:
+            continue  # the one map has its own line
         ends = {task: min(run.end for side in sides for run in side[task]) for task in tasks}
         samples = [
             np.array([scores(run, measures[place], [], ends[task], args.final)["final"] for run in side[task]])
@@ -327,7 +331,7 @@ def comparison(groups: dict, measures: dict, args: Args) -> list[str]:
         few = ", few seeds" if min(map(len, samples)) < FEW else ""
         better = f"{args.compare[0]} ends better than {args.compare[1]} with probability {improvement(*samples):.2f}"
         at = " or ".join(f"{end:,.0f}" for end in sorted(set(ends.values())))
-        lines.append(f"{place}: {better} {within}{few}, at {at} steps")
+        lines.append(f"{where}: {better} {within}{few}, at {at} steps")
     return lines or [f"There is no map with runs of both {' and '.join(args.compare)}."]
 
 
@@ -361,8 +365,9 @@ def shown_names(labels: list[str], wanted: tuple[str, ...]) -> dict[str, str]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Under a temporary name and renamed, so that no file is ever left half written."""
+    """Under a temporary name and renamed, so that no file is ever left half written; makes its folder."""
     temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -470,7 +475,7 @@ def matrix_picture(run_dir: Path) -> Path:
         above.set(ylabel="agent 1", yticks=range(n), yticklabels=names[:n])
         for (i, j), value in np.ndenumerate(matrix):
             color = "white" if value < (payoff.min() + payoff.max()) / 2 else "black"
-            above.text(j, i, f"{round(value, 2):.9g}", ha="center", va="center", fontsize=size, color=color)
+            above.text(j, i, f"{round(value, 2) + 0:.9g}", ha="center", va="center", fontsize=size, color=color)
         for i, policy in enumerate(policies):
             bars = below.bar(np.arange(len(policy)) + 0.4 * i - 0.2, policy, 0.4, label=f"agent {i + 1}")
             below.bar_label(bars, fmt="%.2f", fontsize=min(11, 36 / len(names)))

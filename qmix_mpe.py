@@ -334,19 +334,19 @@ def write(path: Path, content: str | dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written; is the disk full? Older files are intact. ({error})") from error
+        raise OSError(f"{path} cannot be written; no space or permission? Older files are intact. ({error})") from error
 
 
 def load(path: str, kind: str) -> dict:
-    """A run folder's checkpoint.pt or policy.pt, or such a file; InputError if it is missing, damaged or another's."""
-    file = Path(path, f"{kind}.pt") if os.path.isdir(path) else Path(path)
+    """A run folder's checkpoint.pt or policy.pt, or a policy's file; InputError if missing, damaged or another's."""
+    file = Path(path, f"{kind}.pt") if os.path.isdir(path) or kind == "checkpoint" else Path(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         found = f"it is {saved['kind']}"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
         found = "it is damaged, foreign, or too large for memory" if os.path.exists(file) else "there is no such file"
     if found != f"it is {ALGORITHM} {kind} 2":
-        raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}; give a run's folder.")
+        raise InputError(f"{file} holds no {kind} of this version of {ALGORITHM}: {found}; give a folder with one.")
     return saved
 
 
@@ -368,8 +368,7 @@ def prepare(args: Args) -> tuple:
         raise InputError("--capture-video films Spread only, not --env: leave it out.")
     if (args.run_dir, args.resume, args.evaluate).count(None) < 2:
         raise InputError("--run-dir, --resume and --evaluate exclude each other: give one of them.")
-    source = args.resume or args.evaluate
-    saved = load(source, "checkpoint" if args.resume else "policy") if source else None
+    saved = load(args.resume, "checkpoint") if args.resume else args.evaluate and load(args.evaluate, "policy")
     for name in sorted(vars(args).keys() - MAY_CHANGE) if args.resume else ():
         if (ours := getattr(args, name)) != (theirs := saved["args"][name]):
             raise InputError(f"{name} is {ours}, but was {theirs} in {args.resume}: leave the option out.")
@@ -380,7 +379,7 @@ def prepare(args: Args) -> tuple:
         most = 32 if args.env else args.eval_episodes  # Spread's run all at once
         eval_env = make_env(args, max(n for n in range(1, most + 1) if args.eval_episodes % n == 0), args.seed)
         if saved and any(saved[name] != getattr(env, name) for name in SIZES):
-            raise InputError(f"{source} was trained in an environment of other sizes than {env.name}'s.")
+            raise InputError(f"{args.resume or args.evaluate} was trained in a game of other sizes than {env.name}'s.")
         if args.resume:
             env.set_state({name: value.numpy() for name, value in saved["env"].items()})
     except ValueError as error:
@@ -548,7 +547,8 @@ def main() -> int:
     try:
         args = tyro.cli(Args, description=__doc__)
         if path := args.resume or args.evaluate:  # what is not given is as it was in that run
-            known = load(path, "policy")["args"] | dict.fromkeys(["run_dir", "resume", "evaluate"])
+            known = load(path, "checkpoint" if args.resume else "policy")["args"]
+            known |= dict.fromkeys(["run_dir", "resume", "evaluate"])
             args = tyro.cli(Args, default=Args(**known | {"env_options": {}}))  # tyro takes no words for a filled one
             args.env_options = known["env_options"] | args.env_options
         if args.evaluate:

@@ -37,7 +37,7 @@ def save_film(frames, path, fps=8):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
+        raise OSError(f"{path} cannot be written; no space or permission? ({error})") from error
     if not importlib.util.find_spec("imageio_ffmpeg"):
         return [path]
     import imageio_ffmpeg
@@ -62,11 +62,13 @@ def save_film(frames, path, fps=8):
 def save_evaluation(frames, place, step, fps=8):
     """Write evaluation.gif (save_film) into a run folder, and show it among TensorBoard's images at that step.
 
-    Args: place, the run folder, or a file, beside which it goes: without TensorBoard unless it is in a run folder.
+    Args: place, the run folder, or a file, beside which it goes: without TensorBoard unless it is in a run folder, and
+    called NAME.gif if the file is NAME.pt of another name than a run folder's policy.pt.
     Returns: the paths written.
     """
     folder, frames = Path(place) if Path(place).is_dir() else Path(place).parent, list(frames)
-    written = save_film(frames, folder / "evaluation.gif", fps)
+    name = "evaluation" if Path(place).is_dir() or Path(place).stem == "policy" else Path(place).stem
+    written = save_film(frames, folder / f"{name}.gif", fps)
     if (folder / "config.json").exists():
         from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter

@@ -45,7 +45,7 @@ def check_starcraft2(map_name: str) -> dict[str, str]:
     games = sorted(game for game in folder.glob("Versions/Base*/SC2_x64") if os.access(game, os.X_OK))
     for wrong, sentence in (
         (sys.platform != "linux", "The game runs without a screen on Linux only (on Windows: in WSL 2)"),
-        (missing, f"These Python packages are missing: {', '.join(missing)}: pip install -r requirements-smacv2.txt"),
+        (missing, f"Python packages are missing: {', '.join(missing)}: install as docs/starcraft2.md says"),
         (not folder.is_dir(), f"No StarCraft II in {folder}: unpack the Linux package 4.10 there, or set SC2PATH"),
         (not games, f"No executable Versions/Base*/SC2_x64 in {folder}: unpack the Linux package 4.10 again"),
         (not (folder / SC2_MAP).is_file(), f"No map {folder / SC2_MAP}: copy the smacv2 repository's SMAC_Maps there"),

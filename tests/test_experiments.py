@@ -330,6 +330,21 @@ def test_a_folder_in_which_somebody_trains_is_left_alone_and_named(house, monkey
     assert "0 are left to do" in out
 
 
+def test_a_run_that_has_not_learnt_yet_says_nothing_of_its_pace(tmp_path, monkeypatch):
+    monkeypatch.setitem(experiments.HOURS, "qmix_smacv2", 2.0)
+    run = experiments.Run("qmix_smacv2", [], [], {"map": "zerg_5_vs_5"}, 1_000_000, "", tmp_path)
+    rows = ["step,updates,win_rate,seconds", "0,0,0,0", "100000,0,0,10", "200000,5,0,300", "300000,9,0.5,660"]
+    for known, hours in ((2, 2.0), (3, 1.8), (4, 1.6), (5, 700_000 * 360 / 100_000 / 3600)):
+        (tmp_path / "metrics.csv").write_text("\n".join(rows[:known]) + "\n")
+        assert run.hours() == pytest.approx(hours)
+
+
+@pytest.mark.parametrize(("env", "game"), [(None, "batched"), ("mpe2.simple_reference_v3", "mpe2.simple_reference_v3")])
+def test_the_list_names_the_game_that_is_played(env, game, tmp_path):
+    run = experiments.Run("qmix_mpe", [], [], {"env": env, "backend": "batched"}, 100, "", tmp_path / "run")
+    assert run.line().endswith(f"  run ({game})")
+
+
 def test_hours_are_the_tables_or_the_runs_own(house, monkeypatch, capsys):
     monkeypatch.setitem(experiments.HOURS, "toy_mpe", 2.0)
     runs = experiments.plan(experiments.Args("custom", scripts=("toy_mpe",), total_timesteps=1_500_000))[0]
@@ -487,6 +502,7 @@ def test_progress_is_a_table_on_a_terminal_and_a_line_a_minute_elsewhere(house, 
         ("custom --scripts toy_mpe --workers 0", "--workers is 0"), ("custom --scripts toy_mpe --gpus nan", "--gpus"),
         ("custom --scripts toy_mpe --total-timesteps 0", "--total-timesteps is 0"),
         ("custom --scripts toy_mpe --run --folder /dev/null/x", "/dev/null/x"),
+        ("custom --scripts toy_mpe --folder needy_mpe.py", "needy_mpe.py is a file"),
         ("custom --scripts toy_mpe --run --ray auto", "requirements-ray.txt"),
     ],
 )  # fmt: skip

@@ -49,7 +49,6 @@ def test_numbers_are_the_networks_and_actions_those_of_a_test(script, tmp_path, 
     changes = dict(total_timesteps=4, eval_interval=4, eval_episodes=1)
     changes |= dict(map="zerg_2_vs_5") if script in SMACV2 else {}  # over soon
     train(script, small_args(script, tmp_path / "run", **changes))
-    (tmp_path / "out").mkdir()
     code, output = run_main(explain, capsys, tmp_path / "run", "--seed", 3, "--out", tmp_path / "out")
     assert code == 0, output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["battle.csv", "battle.png"]
@@ -107,7 +106,9 @@ def damage(path):
 @pytest.mark.parametrize(
     ("change", "words", "expected"),
     [
-        (None, "nowhere", "There is no folder nowhere"),
+        (None, "nowhere", "nowhere is no run's folder"),
+        (None, "run/policy.pt", "a policy.pt has no mixer"),
+        (lambda run: (run / "config.json").write_text('{"args": {"exp_name": "fop"}}'), "run", "a run of 'fop'"),
         (lambda run: (run / "config.json").unlink(), "run", "it has no config.json"),
         (lambda run: damage(run / "config.json"), "run", "config.json is damaged"),
         (lambda run: (run / "config.json").write_text('{"algorithm": "mappo_smacv2"}'), "run", "of 'mappo_smacv2'"),
@@ -115,7 +116,7 @@ def damage(path):
         (lambda run: (run / "checkpoint.pt").unlink(), "run", "there is no such file"),
         (lambda run: damage(run / "checkpoint.pt"), "run", "it is damaged"),
         (None, "run --seed -1", "--seed is -1"),
-        (None, "run --out nowhere", "There is no folder nowhere"),
+        (None, "run --out run/config.json/x", "cannot be written"),
         (lambda run: (run / "battle.csv").mkdir(), "run", "battle.csv cannot be written"),
     ],
 )

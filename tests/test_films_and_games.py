@@ -53,6 +53,26 @@ def test_the_last_test_is_filmed_and_changes_nothing(script, tmp_path, monkeypat
     assert (tmp_path / "filmed" / "evaluation.gif").exists()
 
 
+def test_a_film_of_a_lone_policy_has_its_name_and_comes_after_the_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Film, "frames", functools.partialmethod(Film.frames, size=128))
+    script = SMACV2[1]
+    assert run_main(script, capsys, "--run-dir", tmp_path / "run", *options(script))[0] == 0
+    policy = (tmp_path / "run" / "policy.pt").rename(tmp_path / "zerg.pt")
+    code, output = run_main(script, capsys, "--evaluate", policy, "--capture-video")
+    assert code == 0
+    assert output.index("win rate") < output.index(f"film: {tmp_path / 'zerg.gif'}")
+    with Image.open(tmp_path / "zerg.gif") as film:
+        assert film.n_frames > 5
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", refuse)
+    code, output = run_main(script, capsys, "--evaluate", policy, "--capture-video")
+    assert (code, "win rate" in output) == (1, True)
+    assert "zerg.gif cannot be written; no space or permission?" in output
+
+
 def test_a_film_has_the_first_battles_since_the_reset():
     film = Film(SMACv2Sim("zerg_2_vs_2", 2, seed=3), battles=2)
     for _ in range(2):
@@ -89,7 +109,7 @@ def test_a_full_disk_leaves_no_half_of_a_film(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(path_class, "write_bytes", write_half)
-    with pytest.raises(OSError, match="is the disk full"):
+    with pytest.raises(OSError, match="no space or permission"):
         save_film([np.zeros((8, 8, 3), np.uint8)], tmp_path / "film.gif")
     assert not list(tmp_path.iterdir())
 

@@ -264,6 +264,26 @@ def test_compare_says_how_likely_one_is_better(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_compare_over_all_maps_takes_those_that_both_played(tmp_path, monkeypatch, capsys):
+    write_maps(tmp_path)
+    write_run(tmp_path / "third", "qmix", 1, [0.0], place="protoss_5_vs_5")
+    options = (tmp_path, "--out", tmp_path / "pictures/of/x.png", "--final", 1, "--compare", "soft", "qmix")
+    lines = [line for line in run_plot(monkeypatch, capsys, *options)[1].out.splitlines() if "probability" in line]
+    assert [line.split(":")[0] for line in lines] == [
+        "terran_5_vs_5 (sim 1)", "zerg_5_vs_5 (sim 1)", "SMACv2 (sim 1), 2 maps"
+    ]  # fmt: skip
+    assert (tmp_path / "pictures/of/x.png").exists()
+    write_run(tmp_path / "apart/a", "vdn", 1, [0.0, 0.5], place="terran_5_vs_5")
+    write_run(tmp_path / "apart/b", "soft", 1, [0.0, 0.5], place="zerg_5_vs_5")
+    options = (tmp_path / "apart", "--out", tmp_path / "x.png", "--compare", "soft", "vdn")
+    code, printed = run_plot(monkeypatch, capsys, *options)
+    assert code == 0
+    assert "There is no map with runs of both soft and vdn." in printed.out
+    write_run(tmp_path / "apart/c", "vdn", 1, [0.0, 0.4], place="zerg_5_vs_5")
+    lines = [line for line in run_plot(monkeypatch, capsys, *options)[1].out.splitlines() if "probability" in line]
+    assert [line.split(":")[0] for line in lines] == ["zerg_5_vs_5 (sim 1)"]
+
+
 def test_compare_takes_both_at_the_same_step(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", "soft", 1, [0.0, 0.4, 0.5, 0.9])
     write_run(tmp_path / "b", "qmix", 1, [0.0, 0.5])

@@ -392,9 +392,18 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(run, kind, damage, ca
 
 def test_a_checkpoint_is_no_policy_and_a_policy_no_checkpoint(finished, capsys):
     script, folder = finished
+    found = {"--evaluate": f"it is {script.__name__} checkpoint 2", "--resume": "there is no such file"}
     for option, name in (("--evaluate", "checkpoint.pt"), ("--resume", "policy.pt"), ("--resume", "checkpoint.pt")):
         sentence = one_sentence(run_main(script, capsys, option, folder / name, "--total-timesteps", 800))
-        assert f"it is {script.__name__} {name[:-3]} 2; give a run's folder." in sentence
+        assert f"{found[option]}; give a folder with one." in sentence
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_run_goes_on_without_its_policy_and_writes_a_new_one(run, damage, capsys):
+    script, folder = run
+    spoil(folder / "policy.pt", damage)
+    assert run_main(script, capsys, "--resume", folder, "--total-timesteps", 800)[0] == 0
+    assert script.load(str(folder), "policy")["step"] == 800
 
 
 # --- Time, disk, memory ---
@@ -462,7 +471,7 @@ def test_a_full_disk_leaves_the_older_files_intact(run, name, monkeypatch, capsy
     monkeypatch.setattr(path_class, "write_text", write_half)
     code, output = run_main(script, capsys, "--resume", folder, "--total-timesteps", 800)
     assert code == 1
-    assert f"{folder / name} cannot be written; is the disk full?" in output
+    assert f"{folder / name} cannot be written; no space or permission?" in output
     assert "Traceback" not in output
     assert (folder / name).read_bytes() == before
     assert not list(folder.glob("*.tmp"))
@@ -486,7 +495,7 @@ def test_a_disk_that_is_full_for_tensorboard_too_gets_one_sentence(script, optio
     )  # fmt: skip
     assert run.returncode == 1
     assert "error: " in run.stderr
-    assert "File too large" in run.stderr or "is the disk full?" in run.stderr
+    assert "File too large" in run.stderr or "no space or permission?" in run.stderr
     assert "Traceback" not in run.stderr
 
 

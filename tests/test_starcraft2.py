@@ -73,7 +73,7 @@ def test_check_knows_the_default_folder(installed, monkeypatch):
 
 def test_check_names_the_missing_package(installed, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "smacv2" else name)
-    with pytest.raises(ValueError, match=r"packages are missing: smacv2.*: pip install -r requirements-smacv2\.txt"):
+    with pytest.raises(ValueError, match=r"packages are missing: smacv2: install as docs/starcraft2\.md"):
         starcraft2.check_starcraft2("protoss_5_vs_5")
 
 
