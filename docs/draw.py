@@ -201,7 +201,7 @@ def teaser(path: Path) -> None:
     sys.path.insert(0, str(HERE.parent))
     import plot
 
-    runs = plot.read_runs([str(HERE.parent / "results" / name) for name in ("smacv2_sim", "mpe")])
+    runs = plot.read_runs([str(HERE.parent / "results" / name) for name in ("smacv2_sim_1M", "smacv2_sim_2M", "mpe")])
     groups, _ = plot.strata_of(runs)
     settings = plot.Args(folders=[])
     names = {f"{algorithm}_{game}": name for game in ("smacv2", "mpe")
@@ -222,14 +222,15 @@ def teaser(path: Path) -> None:
                     axis.plot(x / 1e6, middle, color=color, linewidth=2.5, label=names[label])
                     axis.fill_between(x / 1e6, low, high, color=color, alpha=0.2, linewidth=0)
             axis.set_title(f"{'MPE' if spread else 'SMACv2'} {task.replace('_', ' ')}", fontsize=16)
-            axis.set(ylim=(-420, -200) if spread else (0, 0.75), xlim=(0, None))
+            axis.set(ylim=(-420, -200) if spread else (0, 0.9), xlim=(0, None))
+            axis.set_yticks((-400, -300, -200) if spread else (0, 0.25, 0.5, 0.75))
             axis.set_ylabel("test return" if spread else "test win rate")
             axis.grid(alpha=0.3)
             if k > 1:
                 axis.set_xlabel("million steps")
         figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.69, 1.02), ncols=2,
                       frameon=False, fontsize=18)  # fmt: skip
-        caption = "SMACv2 on the bundled simulator (terran: version 1); mean of three seeds, band: 95 % interval"
+        caption = "SMACv2 on the bundled simulator; mean of three seeds, band: 95 % interval"
         figure.text(0.69, 0.015, caption, ha="center", fontsize=14, color=INK)
         figure.savefig(path, dpi=100)
         plt.close(figure)
