@@ -9,13 +9,13 @@ Schneider 2024, arXiv 2406.13930, small.
     python fop_matrix.py --alpha 10 --epsilon-start 0 --epsilon-finish 0 # a constant temperature, no other exploration
     python fop_matrix.py --payoff my_game.csv                            # table1, released, climbing, penalty or a file
 
-Two agents choose a row and a column at the same time, and both receive that cell of the payoff. Each has a policy and a
-soft value q_i; two critics join the values to Q_tot (FOP's Q_jt) by weights lambda that depend on the joint action. So
+Two agents choose a row and a column at the same time, and both receive that cell of the payoff. Each has a policy and
+values q_i; two critics join the values to Q_tot (FOP's Q_jt) by weights lambda that depend on the joint action. So
 Q_tot can equal any payoff, and its best joint action need not be made of the actions that q_i, and so the policies,
 prefer: nearly all seeds know the best cell and choose another. `diff fop_matrix.py softqmix_matrix.py` shows the rest.
 
-Shape comments: K seeds, B games of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, H heads,
-S = 1 state, C = 2 critics. Table 10, appendix and other tables are those of Chen, Huang, Schneider."""
+Shape comments: K seeds, B games of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, H hidden
+units, S = 1 state, C = 2 critics. Table 10, appendix and other tables are those of Chen, Huang, Schneider."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
 
 import io
 import json
@@ -100,27 +100,27 @@ class Critic(nn.Module):
         super().__init__()
         layers = nn.Linear(1 + num_agents, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size), nn.ReLU()
         self.q = nn.Sequential(*layers, nn.Linear(hidden_size, num_actions))
-        self.head = nn.Linear(state_size, num_heads)
-        self.of_agent = nn.Linear(state_size, num_heads * num_agents)
-        self.of_action = nn.Linear(state_size + num_agents * num_actions, num_heads * num_agents)
+        self.key = nn.Linear(state_size, num_heads)
+        self.agent = nn.Linear(state_size, num_heads * num_agents)
+        self.action = nn.Linear(state_size + num_agents * num_actions, num_heads * num_agents)
         self.v = nn.Sequential(nn.Linear(state_size, 32), nn.ReLU(), nn.Linear(32, 1))
 
-    def weights(self, state: torch.Tensor, joint: torch.Tensor) -> torch.Tensor:
-        """lambda_i = sum_h |k_h(s)| sigmoid(a_hi(s)) sigmoid(b_hi(s, u)) >= 0: state (J, S), one-hot joint actions
-        (J, N, A) -> (J, N)."""
-        size = (len(joint), -1, joint.shape[1])  # (J, H, N)
-        agent, action = self.of_agent(state), self.of_action(torch.cat([state, joint.flatten(1)], dim=1))
+    def weight(self, state: torch.Tensor, joint: torch.Tensor) -> torch.Tensor:
+        """lambda_i = sum_k |key_k(s)| sigmoid(agent_ki(s)) sigmoid(action_ki(s, u)) >= 0: state (J, S), one-hot joint
+        actions (J, N, A) -> (J, N)."""
+        size = (len(joint), -1, joint.shape[1])  # (J, heads, N)
+        agent, action = self.agent(state), self.action(torch.cat([state, joint.flatten(1)], dim=1))
         agent, action = agent.sigmoid().view(size), action.sigmoid().view(size)
-        return (self.head(state).abs().unsqueeze(-1) * agent * action).sum(1)
+        return (self.key(state).abs().unsqueeze(-1) * agent * action).sum(1)
 
     def forward(self, obs, state, joint, mask, alpha) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (N, 1), state (J, S), one-hot joint actions (J, N, A), mask (N, A), alpha -> q_i (N, A), Q_tot (J,).
         The gradient of Q_tot reaches q_i with weight 1 and lambda through the advantage q_i - v_i, which is frozen."""
         q = self.q(torch.cat([obs, torch.eye(len(obs))], dim=-1))  # (N, A)
-        v = alpha * (q / alpha).masked_fill(~mask, -torch.inf).logsumexp(-1)  # (N,), the soft value of q_i
-        taken = (q * joint).sum(-1)  # (J, N)
-        weighted = (self.weights(state, joint) - 1) * (taken - v).detach()
-        return q, taken.sum(1) + self.v(state).squeeze(1) + weighted.sum(1)
+        v_i = alpha * (q.masked_fill(~mask, -torch.inf) / alpha).logsumexp(-1)  # (N,), the soft value
+        q_i = (q * joint).sum(-1)  # (J, N), of the actions taken
+        correction = (self.weight(state, joint) - 1) * (q_i - v_i).detach()
+        return q, q_i.sum(1) + self.v(state).squeeze(1) + correction.sum(1)
 
 
 class Networks(nn.Module):
@@ -143,9 +143,9 @@ class Networks(nn.Module):
         return self.actor(obs), q, q_tot
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def alpha_at(step: int, args: Args) -> float:
 
 
 def acting_policy(logits: torch.Tensor, mask: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The policy in acting, with probability epsilon any available action: logits, mask (..., A) -> (..., A)."""
+    """The policy in acting, with probability epsilon a random available action: logits, mask (..., A) -> (..., A)."""
     return (1 - epsilon) * masked_log_policy(logits, mask).exp() + epsilon * mask / mask.sum(-1, keepdim=True)
 
 

@@ -11,14 +11,14 @@
     python fop_smacv2.py --evaluate runs/NAME/policy.pt --eval-episodes 1000          # test what was learnt
 
 Soft actor-critic for a team whose joint policy is the product of its agents' policies. Each agent has an actor pi_i,
-which follows softmax(q_i / alpha) of the agent's own critic q_i. A mixer adds the q_i up to Q_jt, correcting each by
-its advantage over the soft value v_i with a weight of the global state and all actions, and Q_jt learns from the team's
+which follows softmax(q_i / alpha) of the agent's own critic q_i. A mixer adds up Q_jt from V(s), the q_i and the
+advantages q_i - v_i over the soft values v_i, weighted by global state and joint action; Q_jt learns from the team's
 reward. A baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930): `diff qmix_smacv2.py fop_smacv2.py` is
 the method. Alpha is large for 90,000 steps, in which play is nearly uniform: only greedy tests show what is learnt.
 
-"FOP" is the first paper; table, algorithm and appendix numbers are the second's. In shape comments: B episodes of a
-batch, N agents, A actions, E environments, S state, O observation, H hidden state, K heads of a mixer; M rows of a
-batch with t = 0..L, R of them with t < L.
+"FOP" is the first paper with its code; table, algorithm and appendix numbers are the second's. In shape comments: B
+episodes of a batch, N agents, A actions, E environments, S state, O observation, H hidden state, K heads of a mixer; M
+rows of a batch with t = 0..L, R of them with t < L.
 """
 
 import os
@@ -30,7 +30,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
     if not Path(__file__).with_name("envs").is_dir():
         sys.exit(f"error: The folder envs/ must stand beside {Path(__file__).name}: copy it, too.")
 
@@ -75,12 +75,12 @@ class Args:
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
     run_dir: str | None = None  # this run's folder; default runs/{map}__{exp_name}__{backend}__{seed}__{time}-{process}
-    resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
+    resume: str | None = None  # go on in this run folder; only steps, test and save intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film battles of the last test, on the simulator
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
     total_timesteps: int = 10_050_000  # environment steps of all environments (section 5.3; Table 10 misprints a tenth)
-    num_envs: int = 4  # battles stepped as one batch; in FOP one, which learns the same from each
+    num_envs: int = 4  # battles stepped as one batch; FOP's code has 1, with as many updates per battle
     episodes_per_update: int = 1  # one update per this many finished battles, whatever num_envs is (FOP)
     batch_size: int = 32  # battles in an update (FOP)
     burn_in: int = 100  # battles in the replay before the first update (Table 10)
@@ -119,7 +119,7 @@ def make_env(args: Args, num_envs: int, seed: int) -> SMACv2Sim | StarCraft2:
 
 # --- Networks (FOP; Table 10) -----------------------------------------------------------------------------------------
 class Agent(nn.Module):
-    """f^stage1: observation, last action and agent id (one-hot) -> a value for each action. Shared by all agents."""
+    """f^stage1, the agent network: observation, last action, agent id (one-hot) -> values of actions. Shared by all."""
 
     def __init__(self, obs_size: int, num_agents: int, num_actions: int, hidden_size: int = 64):
         super().__init__()
@@ -170,8 +170,8 @@ class Mixer(nn.Module):
 
     def forward(self, q_i: torch.Tensor, v_i: torch.Tensor, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """q_i, v_i (R, N), state (R, S), action (R, N) -> Q_jt (R,)."""
-        advantage = (self.weight(state, action) - 1) * (q_i - v_i).detach()
-        return (q_i + advantage).sum(1) + self.v(state).squeeze(1)
+        correction = (self.weight(state, action) - 1) * (q_i - v_i).detach()
+        return (q_i + correction).sum(1) + self.v(state).squeeze(1)
 
 
 class Critic(nn.Module):
@@ -207,9 +207,9 @@ class Networks(nn.Module):
         return [{"params": list(network.parameters())} for network in (self.actor, *self.critic)]
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def epsilon_at(step: int, args: Args) -> float:
@@ -240,8 +240,8 @@ def soft_value(q: torch.Tensor, mask: torch.Tensor, alpha: float) -> torch.Tenso
 
 @torch.no_grad()
 def act(networks: Networks, row: dict[str, torch.Tensor], hidden: torch.Tensor, epsilon: float):
-    """With probability epsilon any available action, else one that the policy draws, independently for each environment
-    and agent: actions (E, N), hidden (E, N, H)."""
+    """With probability epsilon a random available action, else one that the policy draws, independently for each
+    environment and agent: actions (E, N), hidden (E, N, H)."""
     logits, hidden = networks.actor(row["obs"], row["last_action"], hidden)  # (E, N, A)
     random_action = torch.rand_like(logits).masked_fill(~row["mask"], -1).argmax(-1)
     explore = torch.rand_like(logits[..., 0]) < epsilon
@@ -266,7 +266,7 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
     episodes.sort(key=lambda episode: len(episode["reward"]), reverse=True)
     times = [torch.arange(len(episode["reward"])) for episode in episodes]
     t = torch.cat(times)
-    order = t.argsort(stable=True)  # into which the device puts the rows: a GPU is faster at it
+    order = t.argsort(stable=True)  # applied on the device, below: a GPU gathers faster
     now = torch.cat([time < len(time) - 1 for time in times])[order].nonzero().squeeze(1)
     rows = {key: torch.cat([episode[key] for episode in episodes]).to(device)[order.to(device)] for key in episodes[0]}
     return SimpleNamespace(**rows, now=now.to(device), sizes=t.bincount().tolist())
@@ -286,7 +286,7 @@ def td_lambda_targets(reward, terminated, next_q, next_log_policy, sizes, gamma,
 
 
 def compute_losses(networks: Networks, batch, alpha: float, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L_Q + L_pi, and what to log: both, the means of Q_jt and of the policy's entropy in nats, summed over agents."""
+    """L_Q + L_pi, and what to log: both, mean Q_jt, the joint policy's entropy (nats) at t."""
     B, now = batch.sizes[0], batch.now
     mask, action = batch.mask[now], batch.last_action[B:]  # (R, N, A), (R, N), taken at time t
     next_mask, next_state = batch.mask[B:], batch.state[B:]  # (R, N, A), (R, S)
@@ -445,8 +445,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args), "map": env.name}
     about |= {name: getattr(env, name) for name in SIZES}
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
-    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # resumed on a GPU: other dice than at the start
+    torch.backends.cudnn.allow_tf32 = False  # the GRU on a GPU in float32, too: cuDNN's default is TF32
+    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # on a GPU a resumed run draws new random numbers
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.RMSprop(networks.parameter_groups(), lr=args.learning_rate, alpha=0.99, eps=1e-5)
     replay: deque[dict[str, torch.Tensor]] = deque(maxlen=args.buffer_size)
@@ -482,7 +482,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 seconds = time.monotonic() - start
                 times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
                 line = {"step": step, "episodes": episodes, "updates": updates} | result | times
-                metrics[len(metrics) - bool(tested) :] = [line]  # a last test that is made again replaces the first
+                metrics = [*(metrics[:-1] if tested else metrics), line]  # a repeated last test replaces the first
                 lines = [metrics[0], *(line.values() for line in metrics)]
                 write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
                 charts = {"SPS": times["sps"], "epsilon": epsilon_at(step, args), "alpha": alpha_at(step, args)}
@@ -553,7 +553,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if failure or not done:
-        raise failure or KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
+        raise failure or KeyboardInterrupt("Resume by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
     print(f"{step:,} steps: test win rate {result['win_rate']:.2f}, return {result['return_mean']:.2f} -> {run_dir}")
     if updates == 0:
         print(f"Nothing was learnt: the first update waits for {args.burn_in} battles, and {episodes} were played.")

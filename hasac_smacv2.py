@@ -11,11 +11,11 @@
     python hasac_smacv2.py --evaluate runs/NAME/policy.pt --eval-episodes 1000        # test what was learnt
 
 Soft actor-critic for a team whose agents share no weights: twin critics Q(s, u_1, ..., u_N), and for each agent an
-actor without memory that sees its own observation only. Actors take their steps one after another, in a random order,
-each against what those before it do now. A baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930).
+actor without memory that sees its own observation only. Actors are updated one after another, in a random order, each
+against those already updated. A baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930).
 
-"Liu" is the first paper, table numbers are the second's. In shape comments: E environments, B steps of a batch, N
-agents, A actions, S state, O observation, H units of a layer; R of the B steps bootstrap, M is any number of rows.
+"Liu" is the first paper, table and algorithm numbers are the second's. In shape comments: E environments, B steps of
+a batch, N agents, A actions, S state, O observation, H units of a layer; R of the B steps bootstrap, M is any number.
 """
 
 import os
@@ -27,7 +27,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
     if not Path(__file__).with_name("envs").is_dir():
         sys.exit(f"error: The folder envs/ must stand beside {Path(__file__).name}: copy it, too.")
 
@@ -71,14 +71,14 @@ class Args:
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
     run_dir: str | None = None  # this run's folder; default runs/{map}__{exp_name}__{backend}__{seed}__{time}-{process}
-    resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
+    resume: str | None = None  # go on in this run folder; only steps, test and save intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film battles of the last test, on the simulator
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
     total_timesteps: int = 10_050_000  # environment steps of all environments as for the other scripts (Table 7: 10M)
     num_envs: int = 8  # battles stepped as one batch (Table 7)
     learning_starts: int = 10_000  # environment steps, played at random, before the first update (Table 7)
-    updates_per_step: float = 1.0  # updates per step of all environments at once (Table 7); .25: one in four steps
+    updates_per_step: float = 1.0  # updates per step of all environments (Table 7's two numbers mean 50 in 50 steps)
     batch_size: int = 1000  # environment steps in an update (Table 7)
     buffer_size: int = 1_000_000  # environment steps in the replay (Table 7), whose memory is printed at the start
     learning_rate: float = 3e-4  # of Adam, for the actors (Table 7)
@@ -89,7 +89,7 @@ class Args:
     tau: float = 0.005  # after each update the target critics move this fraction of the way (Table 7)
     auto_alpha: bool = True  # learn the temperatures, one for each agent and one for the critics (Table 7)
     alpha: float = 1.0  # temperatures at the start; with --no-auto-alpha throughout
-    target_entropy: float = 0.0  # c: learn them towards c log(available actions) nats; 0, as released: they only fall
+    target_entropy: float = 0.0  # c: auto_alpha's aim, c log(available actions) nats; 0, as released: they only fall
     sequential: bool = True  # agents later in the order see the new actions of those before; otherwise the old ones
     eval_interval: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 32  # greedy battles in an evaluation; on the simulator its largest divisor up to 64 at a time
@@ -139,7 +139,7 @@ class Agent(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q_1 and Q_2: state and joint action (one-hot) -> the return and entropy that await the team."""
+    """Q_1 and Q_2: state and joint action (one-hot) -> the team's soft return."""
 
     def __init__(self, env: SMACv2Sim | StarCraft2):
         super().__init__()
@@ -185,9 +185,9 @@ def has_choice(mask: torch.Tensor) -> torch.Tensor:
     return mask.sum(-1) > 1
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -195,10 +195,10 @@ def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
 
 
-def sample(log_policy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def gumbel_softmax(log_policy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Draw by the Gumbel-max trick, never an unavailable action, as one-hot vectors with the gradient of the
     Gumbel-softmax at temperature 1 (straight-through): (..., A) -> (..., A)."""
-    gumbel = -torch.empty_like(log_policy).exponential_().clamp(min=1e-30).log()
+    gumbel = -torch.empty_like(log_policy).exponential_().clamp(min=1e-30).log()  # a 0 would make the softmax NaN
     perturbed = (log_policy + gumbel).masked_fill(~mask, -torch.inf)
     soft = F.softmax(perturbed, dim=-1)
     return F.one_hot(perturbed.argmax(-1), mask.shape[-1]) + (soft - soft.detach())
@@ -209,7 +209,7 @@ def act(networks: Networks, row: dict[str, torch.Tensor], uniform: bool) -> torc
     """Sample, independently for each environment and agent, from the actors or uniformly: actions (E, N)."""
     logits = networks.actor(row["obs"])[0]  # (E, N, A)
     log_policy = masked_log_policy(torch.zeros_like(logits) if uniform else logits, row["mask"])
-    return sample(log_policy, row["mask"]).argmax(-1)
+    return gumbel_softmax(log_policy, row["mask"]).argmax(-1)
 
 
 # --- Replay: a ring of steps ------------------------------------------------------------------------------------------
@@ -220,17 +220,17 @@ def make_row(obs, info: dict) -> dict[str, torch.Tensor]:
 
 
 def n_step_returns(reward, ended, left, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_t = sum_{j<m} gamma^j r_{t+j}, and m (B,): of windows reward, ended (n, B) that begin at t, and stop after an
-    episode's last step or after the newest, which is the last of `left` (B,) steps from t on."""
+    """R_t = sum_{j<m} gamma^j r_{t+j}, and m (B,); reward, ended (n, B) are of steps t..t+n-1. m is less than n if the
+    episode ends before, or the replay does: `left` (B,) steps are in it from t on."""
     j = torch.arange(len(reward)).unsqueeze(1)
     counted = (ended.cumsum(0) - ended.int() == 0) & (j < left)  # nothing has ended before
     return (gamma**j * reward).masked_fill(~counted, 0).sum(0), counted.sum(0)
 
 
 class Replay:
-    """A ring of K slots, each with a step of all environments: row k E + e of a column is environment e in slot k. What
-    a step led to is the next slot's view, or, where it was cut off, kept in `final`. The slot behind the newest one has
-    the live view, which has no action yet and is never drawn. Memory is taken only as rows are written."""
+    """A ring of K slots, each a step of all environments: row k * E + e of a column is environment e in slot k. What
+    a step led to stands in the next slot or, where it was cut off, in `final`. The slot after the newest step has the
+    current view, which has no action yet and is never drawn. Memory is taken only as rows are written."""
 
     def __init__(self, env: SMACv2Sim | StarCraft2, args: Args):
         N, A = env.num_agents, env.num_actions
@@ -240,10 +240,10 @@ class Replay:
         columns |= {name: ((), torch.bool) for name in ("terminated", "ended", "valid")}
         self.columns = {name: torch.empty(self.K * self.E, *size, dtype=kind) for name, (size, kind) in columns.items()}
         self.final: dict[int, dict[str, torch.Tensor]] = {}  # row -> the view that its step led to
-        self.now, self.size = 0, 0  # the live view's slot; steps that can be drawn, in each environment
+        self.now, self.size = 0, 0  # the current view's slot; steps that can be drawn, in each environment
 
     def add(self, step: dict, row: dict, truncated: np.ndarray, final: dict | None) -> None:
-        """A step of all environments, the views that are live now, and the last views of those that were cut off."""
+        """A step of all environments, the views that it led to, and the last views of those that were cut off."""
         for e in np.flatnonzero(truncated).tolist():
             self.final[self.now * self.E + e] = {name: column[e].clone() for name, column in final.items()}
         old, self.now, self.size = self.now, (self.now + 1) % self.K, min(self.size + 1, self.K - 1)
@@ -268,7 +268,7 @@ class Replay:
         valid = self.columns["valid"][(self.now - age) % self.K * self.E + e]
         age, e = age[valid], e[valid]  # the newest step's age is 1
         window = (self.now - age + torch.arange(args.n_step).unsqueeze(1)) % self.K * self.E + e  # (n, B)
-        R, m = n_step_returns(self.columns["reward"][window], self.columns["ended"][window], age, args.gamma)
+        returns, m = n_step_returns(self.columns["reward"][window], self.columns["ended"][window], age, args.gamma)
         last, following = ((self.now - age + steps) % self.K * self.E + e for steps in (m - 1, m))
         bootstraps = (~self.columns["terminated"][last]).nonzero().squeeze(1)  # (R,) of (B,)
         last, following = last[bootstraps].tolist(), following[bootstraps]
@@ -278,7 +278,7 @@ class Replay:
             batch[f"next_{name}"] = self.columns[name][following]
             if cut:
                 batch[f"next_{name}"][cut] = torch.stack([self.final[last[i]][name] for i in cut])
-        batch |= {"returns": R, "bootstraps": bootstraps, "discount": args.gamma ** m[bootstraps]}
+        batch |= {"returns": returns, "bootstraps": bootstraps, "discount": args.gamma ** m[bootstraps]}
         return SimpleNamespace(**{name: column.to(device) for name, column in batch.items()})
 
     def get_state(self) -> dict:
@@ -293,7 +293,7 @@ class Replay:
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
-def draw(obs: torch.Tensor, mask: torch.Tensor, weights: list[list[torch.Tensor]]) -> tuple[torch.Tensor, list, list]:
+def sample_actions(obs, mask, weights: list[list[torch.Tensor]]) -> tuple[torch.Tensor, list, list]:
     """u_i ~ pi_i for all agents: one-hot (M, N, A); and for each agent the rows in which it has a choice and its log
     policy there. Of agents without a choice nothing need be computed: they do what they can, and log pi is 0."""
     joint, rows, log_policies = mask.float(), [], []
@@ -301,7 +301,7 @@ def draw(obs: torch.Tensor, mask: torch.Tensor, weights: list[list[torch.Tensor]
         chosen = has_choice(mask[:, i]).nonzero().squeeze(1)
         own_mask = mask[chosen, i]
         log_policy = masked_log_policy(Agent.logits(obs[chosen, i], own), own_mask)
-        joint[chosen, i] = sample(log_policy.detach(), own_mask)
+        joint[chosen, i] = gumbel_softmax(log_policy.detach(), own_mask)
         rows.append(chosen)
         log_policies.append(log_policy.masked_fill(~own_mask, 0))  # as 0 * -inf is not 0
     return joint, rows, log_policies
@@ -309,8 +309,8 @@ def draw(obs: torch.Tensor, mask: torch.Tensor, weights: list[list[torch.Tensor]
 
 @torch.no_grad()
 def compute_targets(networks: Networks, weights: list, batch) -> torch.Tensor:
-    """y_t = R_t + gamma^m (min Qbar(s_{t+m}, u') - alpha_c sum_i log pi_i(u'_i)), u' ~ the actors as they are: (B,)."""
-    joint, rows, log_policies = draw(batch.next_obs, batch.next_mask, weights)
+    """y_t = R_t + gamma^m (min Qbar(s_{t+m}, u') - alpha_c sum_i log pi_i(u'_i)), R_t alone after an end: (B,)."""
+    joint, rows, log_policies = sample_actions(batch.next_obs, batch.next_mask, weights)
     value = networks.target(networks.target.encode(batch.next_state), joint).amin(0)  # (R,)
     for i, (chosen, log_policy) in enumerate(zip(rows, log_policies, strict=True)):
         value[chosen] -= networks.log_alpha[-1].exp() * (joint[chosen, i] * log_policy).sum(-1)
@@ -321,7 +321,7 @@ def update_policies(networks: Networks, optimizer: torch.optim.Adam, weights: li
     """The actors, one after another in a random order: L_i = mean(alpha_i log pi_i(z_i) - min Q(s, u_1, .., z_i, ..))
     over the steps in which i has a choice, one step of Adam, and new actions u_i for those that follow.
     Returns log pi_i(z_i) (B, N), 0 where i has no choice, and L_i (N,)."""
-    joint, rows, log_policies = draw(batch.obs, batch.mask, weights)  # (B, N, A)
+    joint, rows, log_policies = sample_actions(batch.obs, batch.mask, weights)  # (B, N, A)
     alpha, encoded = networks.log_alpha.detach().exp(), [x.detach() for x in networks.critic.encode(batch.state)]
     log_prob, losses = torch.zeros_like(joint[..., 0]), torch.zeros_like(alpha[:-1])
     for i in torch.randperm(len(weights)).tolist():
@@ -329,7 +329,7 @@ def update_policies(networks: Networks, optimizer: torch.optim.Adam, weights: li
         if len(chosen) == 0:
             continue
         actions = joint[chosen]
-        actions[:, i] = z = sample(log_policy, batch.mask[chosen, i])
+        actions[:, i] = z = gumbel_softmax(log_policy, batch.mask[chosen, i])
         log_z = (z * log_policy).sum(-1)
         loss = (alpha[i] * log_z - networks.critic([x[chosen] for x in encoded], actions).amin(0)).mean()
         loss.backward(inputs=weights[i])  # nobody else's gradient, and not the critics'
@@ -338,7 +338,7 @@ def update_policies(networks: Networks, optimizer: torch.optim.Adam, weights: li
         log_prob[chosen, i], losses[i] = log_z.detach(), loss.detach()
         if args.sequential:
             with torch.no_grad():
-                joint[chosen, own] = draw(batch.obs[chosen, own], batch.mask[chosen, own], weights[own])[0]
+                joint[chosen, own] = sample_actions(batch.obs[chosen, own], batch.mask[chosen, own], weights[own])[0]
     return log_prob, losses
 
 
@@ -481,9 +481,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     about = {"algorithm": ALGORITHM, **env.about, "device": str(device), "python": sys.version.split()[0]}
     about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args), "map": env.name}
     about |= {name: getattr(env, name) for name in SIZES}
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
-    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # resumed on a GPU: other dice than at the start
+    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # on a GPU a resumed run draws new random numbers
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(args), fused=True)
     replay = Replay(env, args)
@@ -519,7 +517,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 seconds = time.monotonic() - start
                 times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
                 line = {"step": step, "episodes": episodes, "updates": updates} | result | times
-                metrics[len(metrics) - bool(tested) :] = [line]  # a last test that is made again replaces the first
+                metrics = [*(metrics[:-1] if tested else metrics), line]  # a repeated last test replaces the first
                 lines = [metrics[0], *(line.values() for line in metrics)]
                 write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
                 charts = {"SPS": times["sps"], "env_restarts": env.restarts + eval_env.restarts}
@@ -561,7 +559,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         outcome = {"reward": reward, "terminated": terminated | lost, "ended": ended, "valid": ~lost}
         outcome = {name: torch.from_numpy(column) for name, column in outcome.items()}
         final = make_row(info["final_obs"], info["final_info"]) if truncated.any() else None
-        replay.add(row | outcome | {"action": action}, row := make_row(obs, info), truncated, final)
+        stored, row = row | outcome | {"action": action}, make_row(obs, info)
+        replay.add(stored, row, truncated, final)
         for e in np.flatnonzero(lost):
             replay.forget(e)
         returns += outcome["reward"]
@@ -589,7 +588,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if failure or not done:
-        raise failure or KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
+        raise failure or KeyboardInterrupt("Resume by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
     print(f"{step:,} steps: test win rate {result['win_rate']:.2f}, return {result['return_mean']:.2f} -> {run_dir}")
     if updates == 0:
         print(f"Nothing was learnt: {step} steps are too few for --learning-starts and --updates-per-step.")

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
     if not Path(__file__).with_name("envs").is_dir():
         sys.exit(f"error: The folder envs/ must stand beside {Path(__file__).name}: copy it, too.")
 
@@ -71,13 +71,13 @@ class Args:
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
     run_dir: str | None = None  # this run's folder; default runs/{map}__{exp_name}__{backend}__{seed}__{time}-{process}
-    resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
+    resume: str | None = None  # go on in this run folder; only steps, test and save intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film battles of the last test, on the simulator
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
-    total_timesteps: int = 10_050_000  # environment steps of all environments (section 5.3; Table 8 misprints a tenth)
+    total_timesteps: int = 10_050_000  # environment steps of all environments together (section 5.3)
     num_envs: int = 8  # battles stepped as one batch (Table 6)
-    num_steps: int = 400  # of each environment in a rollout, an iteration (Table 6); what is left over is not learnt
+    num_steps: int = 400  # of each environment in a rollout (Table 6); the run's last, unfinished rollout is not learnt
     chunk_length: int = 8  # steps over which gradients flow back in time (Table 6)
     update_epochs: int = 5  # gradient steps on a rollout, each on all of it (Table 6)
     learning_rate: float = 5e-4  # of Adam, for the actor (Table 6)
@@ -86,10 +86,10 @@ class Args:
     max_grad_norm: float = 10.0  # gradient norm is clipped to this, separately for actor and critic
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    clip_coef: float = 0.2  # epsilon: a ratio beyond 1 +- this, or a (normalised) value further off, gains nothing more
+    clip_coef: float = 0.2  # epsilon: how far a ratio may move from 1, and a (normalised) value from the old one
     ent_coef: float = 0.01  # weight of the policy's entropy
     huber_delta: float = 10.0  # errors of the (normalised) values count linearly beyond this
-    death_masking: bool = True  # the critic sees of an agent without a choice, a dead one, nothing but its id (Yu)
+    death_masking: bool = True  # of an agent without a choice (a dead one) the critic sees nothing but its id (Yu)
     input_norm: bool = True  # LayerNorm on the inputs of both networks
     eval_interval: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 32  # greedy battles in an evaluation; on the simulator its largest divisor up to 64 at a time
@@ -215,9 +215,9 @@ def has_choice(mask: torch.Tensor) -> torch.Tensor:
     return mask.sum(-1) > 1
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -305,7 +305,7 @@ def compute_losses(networks: Networks, batch, args: Args) -> tuple[torch.Tensor,
     log_ratio = log_policy.gather(-1, batch.action.unsqueeze(-1)).squeeze(-1) - batch.log_prob  # (R, N)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
     entropy = -(log_policy.exp() * log_policy.masked_fill(~batch.mask, 0)).sum(-1)
 
     value, _ = networks.critic(batch.obs, batch.state, batch.mask, batch.hidden[1], batch.first)  # (R, N)
@@ -317,7 +317,7 @@ def compute_losses(networks: Networks, batch, args: Args) -> tuple[torch.Tensor,
         return (x * where).sum() / where.sum().clamp(min=1)
 
     logs = {
-        "policy": -mean(gain, batch.active),
+        "policy": -mean(surrogate, batch.active),
         "value": mean(torch.maximum(*errors), batch.valid),  # of dead agents, too (Table 6)
         "entropy": mean(entropy, batch.active),
         "approx_kl": mean(ratio - 1 - log_ratio, batch.active),
@@ -459,9 +459,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     about = {"algorithm": ALGORITHM, **env.about, "device": str(device), "python": sys.version.split()[0]}
     about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args), "map": env.name}
     about |= {name: getattr(env, name) for name in SIZES}
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
-    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # resumed on a GPU: other dice than at the start
+    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # on a GPU a resumed run draws new random numbers
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate, eps=1e-5)
     rollout: list[dict[str, torch.Tensor]] = []
@@ -497,7 +495,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 seconds = time.monotonic() - start
                 times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
                 line = {"step": step, "episodes": episodes, "updates": updates} | result | times
-                metrics[len(metrics) - bool(tested) :] = [line]  # a last test that is made again replaces the first
+                metrics = [*(metrics[:-1] if tested else metrics), line]  # a repeated last test replaces the first
                 lines = [metrics[0], *(line.values() for line in metrics)]
                 write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
                 charts = {"SPS": times["sps"], "learning_rate": args.learning_rate * annealing(step, args)}
@@ -569,7 +567,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if failure or not done:
-        raise failure or KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
+        raise failure or KeyboardInterrupt("Resume by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
     print(f"{step:,} steps: test win rate {result['win_rate']:.2f}, return {result['return_mean']:.2f} -> {run_dir}")
     if updates == 0:
         print(f"Nothing was learnt: the first update waits for {E * args.num_steps} steps, and {step} were made.")

@@ -12,11 +12,11 @@
 
 QMIX learns Q_tot(s, u) = Mixer(Q_1, ..., Q_n; s), monotonic in every Q_i, so that each agent's greedy action is part of
 the greedy joint action: the baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930), whose contribution
-`diff qmix_mpe.py softqmix_mpe.py` is. Epsilon-greedy exploration, double-Q targets, TD(lambda).
+`diff qmix_mpe.py softqmix_mpe.py` shows. Epsilon-greedy exploration, double-Q targets, TD(lambda).
 In Spread, three agents are to cover three landmarks without colliding. Test returns on simple / medium / hard: random
 play -218 / -279 / -342, scripted -118 / -140 / -170; Table 3: QMIX -112 / -138 / -172, Soft-QMIX -111 / -135 / -169.
 
-Equation, table and appendix numbers are that paper's. In shape comments: B episodes of a batch, N agents, A actions,
+Equation, table and appendix numbers are Soft-QMIX's. In shape comments: B episodes of a batch, N agents, A actions,
 E environments, S state, O observation, H hidden state; M rows of a batch with t = 0..L, R of them with t < L.
 """
 
@@ -29,7 +29,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
     if not Path(__file__).with_name("envs").is_dir():
         sys.exit(f"error: The folder envs/ must stand beside {Path(__file__).name}: copy it, too.")
 
@@ -64,17 +64,17 @@ ALGORITHM = Path(__file__).stem  # this file's name, by which its runs, checkpoi
 @dataclass
 class Args:
     exp_name: str = ALGORITHM  # name of this experiment, part of the run's name
-    level: Literal["simple", "medium", "hard"] = "hard"  # how far all is apart: as in MPE, times 1.5, times 2 (app. I)
+    level: Literal["simple", "medium", "hard"] = "hard"  # start distances in Spread: MPE's, times 1.5, times 2 (app. I)
     backend: Literal["batched", "mpe2"] = "batched"  # all environments at once, or mpe2's own, equal to float precision
     env: str | None = None  # instead of Spread: a cooperative PettingZoo environment, a module or module:function
-    env_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # for it, such as team_reward mean
+    env_options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of --env, such as team_reward mean
     seed: int = 1  # fixes networks, start states, exploration and replay
     cuda: bool = True  # use the GPU if there is one
     track: bool = False  # log to Weights & Biases, too
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
     run_dir: str | None = None  # this run's folder; default runs/{env}__{exp_name}__{backend}__{seed}__{time}-{process}
-    resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
+    resume: str | None = None  # go on in this run folder; only steps, test and save intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film three episodes of the last test, in Spread
     total_timesteps: int = 10_000_000  # environment steps of all environments together (section 5.2)
@@ -114,7 +114,7 @@ def make_env(args: Args, num_envs: int, seed: int) -> Spread | PettingZooBatch:
 
 # --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
 class Agent(nn.Module):
-    """f^stage1: observation, last action and agent id (one-hot) -> a value for each action. Shared by all agents."""
+    """f^stage1, the agent network: observation, last action, agent id (one-hot) -> values of actions. Shared by all."""
 
     def __init__(self, obs_size: int, num_agents: int, num_actions: int, hidden_size: int = 64):
         super().__init__()
@@ -187,9 +187,9 @@ class Networks(nn.Module):
         return [{"params": list(self.critic.parameters())}]
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def epsilon_at(step: int, args: Args) -> float:
@@ -198,7 +198,7 @@ def epsilon_at(step: int, args: Args) -> float:
 
 
 def epsilon_greedy(stage1: torch.Tensor, mask: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Each agent by itself: with probability epsilon any available action, else the best one: (..., A) -> (...)."""
+    """Each agent by itself: with probability epsilon a random available action, else the best: (..., A) -> (...)."""
     random_action = torch.rand_like(stage1).masked_fill(~mask, -1).argmax(-1)
     explore = torch.rand_like(stage1[..., 0]) < epsilon
     return torch.where(explore, random_action, greedy_action(stage1, mask))
@@ -228,7 +228,7 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
     episodes.sort(key=lambda episode: len(episode["reward"]), reverse=True)
     times = [torch.arange(len(episode["reward"])) for episode in episodes]
     t = torch.cat(times)
-    order = t.argsort(stable=True)  # into which the device puts the rows: a GPU is faster at it
+    order = t.argsort(stable=True)  # applied on the device, below: a GPU gathers faster
     now = torch.cat([time < len(time) - 1 for time in times])[order].nonzero().squeeze(1)
     rows = {key: torch.cat([episode[key] for episode in episodes]).to(device)[order.to(device)] for key in episodes[0]}
     return SimpleNamespace(**rows, now=now.to(device), sizes=t.bincount().tolist())
@@ -402,11 +402,11 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     if not saved and (run_dir / "config.json").exists():
         raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or --resume this one.")
     about = {"algorithm": ALGORITHM, **env.about, "device": str(device), "python": sys.version.split()[0]}
-    about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args), "level": args.level}
-    about |= {name: getattr(env, name) for name in SIZES}
+    about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args)}
+    about |= {"level": None if args.env else args.level} | {name: getattr(env, name) for name in SIZES}
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
-    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # resumed on a GPU: other dice than at the start
+    torch.backends.cudnn.allow_tf32 = False  # the GRU on a GPU in float32, too: cuDNN's default is TF32
+    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # on a GPU a resumed run draws new random numbers
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
     replay: deque[dict[str, torch.Tensor]] = deque(maxlen=args.buffer_size)
@@ -441,7 +441,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
             seconds = time.monotonic() - start
             times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
             line = {"step": step, "episodes": episodes, "updates": updates} | result | times
-            metrics[len(metrics) - bool(tested) :] = [line]  # a last test that is made again replaces the first
+            metrics = [*(metrics[:-1] if tested else metrics), line]  # a repeated last test replaces the first
             lines = [metrics[0], *(line.values() for line in metrics)]
             write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
             charts = {"SPS": times["sps"], "epsilon": epsilon_at(step, args)}
@@ -508,7 +508,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if not done:
-        raise KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
+        raise KeyboardInterrupt("Resume by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
     in_mpe2 = "" if args.env else f"; in mpe2: {describe(about['eval_mpe2'])}"
     print(f"{step:,} steps: test {describe(result)}{in_mpe2} -> {run_dir}")
     if updates == 0:

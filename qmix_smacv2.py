@@ -12,9 +12,9 @@
 
 QMIX learns Q_tot(s, u) = Mixer(Q_1, ..., Q_n; s), monotonic in every Q_i, so that each agent's greedy action is part of
 the greedy joint action: the baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930), whose contribution
-`diff qmix_smacv2.py softqmix_smacv2.py` is. Epsilon-greedy exploration, double-Q targets, TD(lambda).
+`diff qmix_smacv2.py softqmix_smacv2.py` shows. Epsilon-greedy exploration, double-Q targets, TD(lambda).
 
-Equation, table and appendix numbers are that paper's. In shape comments: B episodes of a batch, N agents, A actions,
+Equation, table and appendix numbers are Soft-QMIX's. In shape comments: B episodes of a batch, N agents, A actions,
 E environments, S state, O observation, H hidden state; M rows of a batch with t = 0..L, R of them with t < L.
 """
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
     if not Path(__file__).with_name("envs").is_dir():
         sys.exit(f"error: The folder envs/ must stand beside {Path(__file__).name}: copy it, too.")
 
@@ -72,7 +72,7 @@ class Args:
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
     run_dir: str | None = None  # this run's folder; default runs/{map}__{exp_name}__{backend}__{seed}__{time}-{process}
-    resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
+    resume: str | None = None  # go on in this run folder; only steps, test and save intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film battles of the last test, on the simulator
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
@@ -113,7 +113,7 @@ def make_env(args: Args, num_envs: int, seed: int) -> SMACv2Sim | StarCraft2:
 
 # --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
 class Agent(nn.Module):
-    """f^stage1: observation, last action and agent id (one-hot) -> a value for each action. Shared by all agents."""
+    """f^stage1, the agent network: observation, last action, agent id (one-hot) -> values of actions. Shared by all."""
 
     def __init__(self, obs_size: int, num_agents: int, num_actions: int, hidden_size: int = 64):
         super().__init__()
@@ -186,9 +186,9 @@ class Networks(nn.Module):
         return [{"params": list(self.critic.parameters())}]
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def epsilon_at(step: int, args: Args) -> float:
@@ -197,7 +197,7 @@ def epsilon_at(step: int, args: Args) -> float:
 
 
 def epsilon_greedy(stage1: torch.Tensor, mask: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Each agent by itself: with probability epsilon any available action, else the best one: (..., A) -> (...)."""
+    """Each agent by itself: with probability epsilon a random available action, else the best: (..., A) -> (...)."""
     random_action = torch.rand_like(stage1).masked_fill(~mask, -1).argmax(-1)
     explore = torch.rand_like(stage1[..., 0]) < epsilon
     return torch.where(explore, random_action, greedy_action(stage1, mask))
@@ -227,7 +227,7 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
     episodes.sort(key=lambda episode: len(episode["reward"]), reverse=True)
     times = [torch.arange(len(episode["reward"])) for episode in episodes]
     t = torch.cat(times)
-    order = t.argsort(stable=True)  # into which the device puts the rows: a GPU is faster at it
+    order = t.argsort(stable=True)  # applied on the device, below: a GPU gathers faster
     now = torch.cat([time < len(time) - 1 for time in times])[order].nonzero().squeeze(1)
     rows = {key: torch.cat([episode[key] for episode in episodes]).to(device)[order.to(device)] for key in episodes[0]}
     return SimpleNamespace(**rows, now=now.to(device), sizes=t.bincount().tolist())
@@ -402,8 +402,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args), "map": env.name}
     about |= {name: getattr(env, name) for name in SIZES}
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
-    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # resumed on a GPU: other dice than at the start
+    torch.backends.cudnn.allow_tf32 = False  # the GRU on a GPU in float32, too: cuDNN's default is TF32
+    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # on a GPU a resumed run draws new random numbers
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
     replay: deque[dict[str, torch.Tensor]] = deque(maxlen=args.buffer_size)
@@ -439,7 +439,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 seconds = time.monotonic() - start
                 times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
                 line = {"step": step, "episodes": episodes, "updates": updates} | result | times
-                metrics[len(metrics) - bool(tested) :] = [line]  # a last test that is made again replaces the first
+                metrics = [*(metrics[:-1] if tested else metrics), line]  # a repeated last test replaces the first
                 lines = [metrics[0], *(line.values() for line in metrics)]
                 write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
                 charts = {"SPS": times["sps"], "epsilon": epsilon_at(step, args)}
@@ -509,7 +509,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if failure or not done:
-        raise failure or KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
+        raise failure or KeyboardInterrupt("Resume by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
     print(f"{step:,} steps: test win rate {result['win_rate']:.2f}, return {result['return_mean']:.2f} -> {run_dir}")
     if updates == 0:
         print(f"Nothing was learnt: the first update waits for {args.batch_size} battles, and {episodes} were played.")

@@ -13,8 +13,8 @@ values, a monotonic mixer joins them to Q_tot, and f_i turns them into the logit
 the order of its actions, so each agent's best action is part of the best joint action: execution needs none of them.
 Nearly all seeds find the best cell, but few at --td-weight 1, the paper's loss, trained beside it (results/matrix.md).
 
-Shape comments: K seeds (at one weight each), R rows of a module, B games of a batch, E environments, N = 2 agents, A
-actions, J = n * m joint actions, S = 1 state. Equation, table and appendix numbers are the paper's."""
+Shape comments: K seeds (at one weight each; in g and f, actions), R rows of a module, B games of a batch, H hidden
+units, E environments, N = 2 agents, A actions, J = n * m joint actions, S = 1 state. All numbers are the paper's."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
 
 import io
 import json
@@ -165,9 +165,9 @@ class Networks(nn.Module):
         return stage1, q_tot, logits, logits[agents, self.joint_actions].sum(1)
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

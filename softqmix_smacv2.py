@@ -13,8 +13,8 @@
 QMIX learns Q_tot(s, u) = Mixer(Q_1, ..., Q_n; s), monotonic in every Q_i, so that each agent's greedy action is part of
 the greedy joint action. Soft-QMIX makes the policy stochastic without losing that property: two transformations
 generated from the global state, g_i and f_i, change the values of an agent's actions but never their order. g_i refines
-Q_i inside Q_tot; f_i re-scales it so that sum_i f_i(Q_i) fits Q_tot, which makes softmax(f_i(Q_i) / alpha) a policy of
-maximum entropy that factorises over agents. Execution needs neither: each agent takes the argmax of its own network.
+Q_i inside Q_tot; f_i re-scales it so that sum_i f_i(Q_i) fits Q_tot: the product of all softmax(f_i(Q_i) / alpha) then
+is the maximum-entropy policy exp(Q_tot / alpha) / Z. Execution needs neither: agents take their own network's argmax.
 
 Equation, table and appendix numbers are the paper's. In shape comments: B episodes of a batch, N agents, A actions,
 E environments, S state, O observation, H hidden state; M rows of a batch with t = 0..L, R of them with t < L.
@@ -29,7 +29,7 @@ if __name__ == "__main__":  # before the imports, which are slow
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread leaves its core to others
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more gain little on matrices this small, and cost two runs much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on matrices this small more gain little, and slow other runs down
     if not Path(__file__).with_name("envs").is_dir():
         sys.exit(f"error: The folder envs/ must stand beside {Path(__file__).name}: copy it, too.")
 
@@ -74,7 +74,7 @@ class Args:
     wandb_project_name: str = "softqmix"  # its project
     wandb_entity: str | None = None  # its team or user
     run_dir: str | None = None  # this run's folder; default runs/{map}__{exp_name}__{backend}__{seed}__{time}-{process}
-    resume: str | None = None  # go on in this run folder, with its options; steps, intervals and device may change
+    resume: str | None = None  # go on in this run folder; only steps, test and save intervals and device may change
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film battles of the last test, on the simulator
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
@@ -114,7 +114,7 @@ def make_env(args: Args, num_envs: int, seed: int) -> SMACv2Sim | StarCraft2:
 
 # --- Networks (Tables 5 and 8, appendix G) ----------------------------------------------------------------------------
 class Agent(nn.Module):
-    """f^stage1: observation, last action and agent id (one-hot) -> a value for each action. Shared by all agents."""
+    """f^stage1, the agent network: observation, last action, agent id (one-hot) -> values of actions. Shared by all."""
 
     def __init__(self, obs_size: int, num_agents: int, num_actions: int, hidden_size: int = 64):
         super().__init__()
@@ -224,9 +224,9 @@ class Networks(nn.Module):
         return [{"params": list(self.critic.parameters())}, {"params": phi}]
 
 
-def greedy_action(stage1: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def greedy_action(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Decentralised execution: the best available action of the agent network alone, (..., A) -> (...)."""
-    return stage1.masked_fill(~mask, -torch.inf).argmax(-1)
+    return values.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def masked_log_policy(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -243,7 +243,7 @@ def sample_action(log_policy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def soft_log_policy(networks: Networks, stage1, state, mask, alpha: float) -> torch.Tensor:
     """log pi_i(u | o_i, s) = log softmax(f_i(g_i(f^stage1(o_i), s), s) / alpha) (Eq. 15): (R, N, A) -> (R, N, A)."""
     logits = networks.f(networks.critic.g(stage1, state), state)
-    return masked_log_policy(logits / alpha, mask)  # mask last: the division must not see -inf
+    return masked_log_policy(logits / alpha, mask)
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ def sample_batch(replay: deque, batch_size: int, device: torch.device) -> Simple
     episodes.sort(key=lambda episode: len(episode["reward"]), reverse=True)
     times = [torch.arange(len(episode["reward"])) for episode in episodes]
     t = torch.cat(times)
-    order = t.argsort(stable=True)  # into which the device puts the rows: a GPU is faster at it
+    order = t.argsort(stable=True)  # applied on the device, below: a GPU gathers faster
     now = torch.cat([time < len(time) - 1 for time in times])[order].nonzero().squeeze(1)
     rows = {key: torch.cat([episode[key] for episode in episodes]).to(device)[order.to(device)] for key in episodes[0]}
     return SimpleNamespace(**rows, now=now.to(device), sizes=t.bincount().tolist())
@@ -291,7 +291,7 @@ def td_lambda_targets(reward, terminated, next_q, next_log_policy, sizes, gamma,
 
 
 def compute_losses(networks: Networks, batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L_Q (Eq. 13) + L_pi (Eq. 14), and what to log: both, the means of Q_tot and of the policy's entropy in nats."""
+    """L_Q (Eq. 13) + L_pi (Eq. 14), and what to log: both, mean Q_tot, the joint policy's entropy (nats) at t + 1."""
     critic, target, f = networks.critic, networks.target, networks.f
     B, state = batch.sizes[0], batch.state[batch.now]  # (R, S)
     next_state, next_mask = batch.state[B:], batch.mask[B:]  # (R, S), (R, N, A)
@@ -302,7 +302,7 @@ def compute_losses(networks: Networks, batch, args: Args) -> tuple[torch.Tensor,
     q_tot = critic.mixer(q_i.squeeze(-1), state)  # (R,)
 
     with torch.no_grad():
-        size = 8192 if state.is_cuda else 1024  # rows at a time: g's hidden layer in a CPU's cache, or few launches
+        size = 8192 if state.is_cuda else 1024  # rows at a time: g's hidden layer fits a CPU's cache; a GPU: few calls
         pieces = zip(*(rows.split(size) for rows in (stage1[B:], next_state, next_mask)), strict=True)
         log_policy = torch.cat([soft_log_policy(networks, *piece, args.alpha) for piece in pieces])  # (R, N, A)
         next_action = sample_action(log_policy, next_mask).unsqueeze(-1)  # (R, N, 1), u'
@@ -453,8 +453,8 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args), "map": env.name}
     about |= {name: getattr(env, name) for name in SIZES}
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # on a GPU, learn with the precision that acting has
-    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # resumed on a GPU: other dice than at the start
+    torch.backends.cudnn.allow_tf32 = False  # the GRU on a GPU in float32, too: cuDNN's default is TF32
+    torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # on a GPU a resumed run draws new random numbers
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)
     replay: deque[dict[str, torch.Tensor]] = deque(maxlen=args.buffer_size)
@@ -490,7 +490,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
                 seconds = time.monotonic() - start
                 times = {"sps": round(step / seconds, 1), "seconds": round(seconds, 1)}
                 line = {"step": step, "episodes": episodes, "updates": updates} | result | times
-                metrics[len(metrics) - bool(tested) :] = [line]  # a last test that is made again replaces the first
+                metrics = [*(metrics[:-1] if tested else metrics), line]  # a repeated last test replaces the first
                 lines = [metrics[0], *(line.values() for line in metrics)]
                 write(run_dir / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
                 charts = {"SPS": times["sps"], "alpha": args.alpha}
@@ -560,7 +560,7 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
     for end in (writer.close, env.close, eval_env.close, lock.release):
         end()
     if failure or not done:
-        raise failure or KeyboardInterrupt("Go on by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
+        raise failure or KeyboardInterrupt("Resume by " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
     print(f"{step:,} steps: test win rate {result['win_rate']:.2f}, return {result['return_mean']:.2f} -> {run_dir}")
     if updates == 0:
         print(f"Nothing was learnt: the first update waits for {args.batch_size} battles, and {episodes} were played.")

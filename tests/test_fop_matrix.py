@@ -56,10 +56,10 @@ def test_q_tot_is_that_of_a_slow_loop_over_agents_and_heads(networks, alpha):
     for c, critic in enumerate((networks.critic_1, networks.critic_2)):
         hidden = [max(0.0, x) for x in affine(critic.v[0], [1.0])]
         (v_of_state,) = affine(critic.v[2], hidden)
-        k, a = affine(critic.head, [1.0]), affine(critic.of_agent, [1.0])
+        k, a = affine(critic.key, [1.0]), affine(critic.agent, [1.0])
         for j, (row, column) in enumerate((i, m) for i in range(2) for m in range(3)):
             one_hot = [float(row == u) for u in range(3)] + [float(column == u) for u in range(3)]
-            b = affine(critic.of_action, [1.0, *one_hot])
+            b = affine(critic.action, [1.0, *one_hot])
             expected = v_of_state
             for i, (action, size) in enumerate(((row, 2), (column, 3))):
                 available = q[c, i, :size].tolist()
@@ -89,7 +89,7 @@ def test_the_gradient_reaches_q_with_weight_one_and_lambda_through_the_frozen_ad
     q_i = torch.randn(2, 3, requires_grad=True)  # in place of the networks'
     weights = torch.rand(6, 2, requires_grad=True)
     critic.q = Instead(lambda x: q_i)
-    monkeypatch.setattr(critic, "weights", lambda state, joint: weights)
+    monkeypatch.setattr(critic, "weight", lambda state, joint: weights)
     _, q_tot = critic(torch.ones(2, 1), torch.ones(6, 1), networks.joint, networks.mask, alpha)
     v = [alpha * (q_i[i, :size] / alpha).exp().sum().log().item() for i, size in enumerate((2, 3))]
     for j, (row, column) in enumerate((i, m) for i in range(2) for m in range(3)):
@@ -101,7 +101,7 @@ def test_the_gradient_reaches_q_with_weight_one_and_lambda_through_the_frozen_ad
 
 
 def test_lambda_is_not_negative(networks):
-    weights = networks.critic_1.weights(torch.ones(6, 1), networks.joint)
+    weights = networks.critic_1.weight(torch.ones(6, 1), networks.joint)
     assert weights.shape == (6, 2)
     assert (weights > 0).all()
     assert weights.std(0).min() > 1e-2  # and depends on the joint action
@@ -110,7 +110,7 @@ def test_lambda_is_not_negative(networks):
 def test_the_soft_value_becomes_the_greedy_one_as_alpha_vanishes(networks, monkeypatch):
     """With lambda = 0, Q_tot is V(s) + v_1 + v_2 in value; from above, by alpha log A at most."""
     critic = networks.critic_1
-    monkeypatch.setattr(critic, "weights", lambda state, joint: torch.zeros(6, 2))
+    monkeypatch.setattr(critic, "weight", lambda state, joint: torch.zeros(6, 2))
     for alpha in (1.0, 0.1, 1e-6):
         q, q_tot = critic(torch.ones(2, 1), torch.ones(6, 1), networks.joint, networks.mask, alpha)
         surplus = q_tot - critic.v(torch.ones(1)) - q[0, :2].max() - q[1].max()

@@ -264,7 +264,7 @@ def test_straight_through_is_one_hot_forward_and_close_to_enumeration_backward()
     torch.manual_seed(0)
     mask = random_masks((2000, 5), np.random.default_rng(0))
     logits = torch.randn(2000, 5)
-    z = script.sample(script.masked_log_policy(logits, mask), mask)
+    z = script.gumbel_softmax(script.masked_log_policy(logits, mask), mask)
     assert set(z.unique().tolist()) == {0.0, 1.0}
     assert z.sum(-1).eq(1).all()
     assert not z[~mask].any()
@@ -272,7 +272,7 @@ def test_straight_through_is_one_hot_forward_and_close_to_enumeration_backward()
     for _ in range(20):  # linear q: the gradient of E q is pi (q - E q)
         q, theta = torch.randn(6), torch.randn(6, requires_grad=True)
         everything = torch.ones(4000, 6, dtype=torch.bool)
-        z = script.sample(script.masked_log_policy(theta.expand(4000, 6), everything), everything)
+        z = script.gumbel_softmax(script.masked_log_policy(theta.expand(4000, 6), everything), everything)
         (ours,) = torch.autograd.grad((z @ q).mean(), theta)
         pi = theta.softmax(0)
         exact = pi * (q - (pi * q).sum())
@@ -285,7 +285,7 @@ def test_frequencies_are_those_of_the_policy():
     torch.manual_seed(0)
     mask = torch.tensor([True, True, False, True]).expand(20_000, 4)
     log_policy = script.masked_log_policy(torch.tensor([0.0, 1, 9, 2]).expand(20_000, 4), mask)
-    torch.testing.assert_close(script.sample(log_policy, mask).mean(0), log_policy[0].exp(), rtol=0, atol=0.02)
+    torch.testing.assert_close(script.gumbel_softmax(log_policy, mask).mean(0), log_policy[0].exp(), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -309,7 +309,7 @@ def test_targets_by_hand(monkeypatch):
     networks, _, weights = make(args)
     networks.log_alpha.data[:] = torch.tensor([9.0, 9, 9, math.log(0.3)])  # the agents' temperatures have no part
     batch = random_batch()
-    monkeypatch.setattr(script, "sample", lambda log_policy, mask: F.one_hot(log_policy.argmax(-1), 5).float())
+    monkeypatch.setattr(script, "gumbel_softmax", lambda log_policy, mask: F.one_hot(log_policy.argmax(-1), 5).float())
     y = script.compute_targets(networks, weights, batch)
     assert not y.requires_grad
     torch.testing.assert_close(y[40:], batch.returns[40:], rtol=0, atol=0)

@@ -94,8 +94,8 @@ def test_a_signal_saves_a_checkpoint_and_the_printed_cure_can_be_pasted(script, 
     assert code == 130
     assert "Traceback" not in output
     cure = output.strip().splitlines()[-1]
-    assert cure.startswith("Go on by python ")
-    python, program, *options = shlex.split(cure.removeprefix("Go on by "))
+    assert cure.startswith("Resume by python ")
+    python, program, *options = shlex.split(cure.removeprefix("Resume by "))
     assert (python, program, options) == ("python", f"{script.__name__}.py", ["--resume", str(folder)])
     assert checkpoint_of(folder).counts[0] == 200
     assert run_main(script, capsys, *options)[0] == 0
@@ -111,7 +111,7 @@ def test_the_printed_cure_quotes_the_scripts_own_folder(script, tmp_path, monkey
     event = type("Event", (), {"is_set": lambda _: bool(stop)})()
     with pytest.raises(KeyboardInterrupt) as interrupt:
         script.train(small_args(script, tmp_path), event)
-    assert shlex.split(str(interrupt.value))[4:] == [f"my scripts/{script.__name__}.py", "--resume", str(tmp_path)]
+    assert shlex.split(str(interrupt.value))[3:] == [f"my scripts/{script.__name__}.py", "--resume", str(tmp_path)]
 
 
 @over(SCRIPTS)
