@@ -17,6 +17,12 @@ environment. Each run is a task with --cpus and --gpus of its own; when a node d
 checkpoint, so choose --checkpoint-interval by what you can lose.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, during the imports, too
+
 import contextlib
 import csv
 import dataclasses
@@ -26,10 +32,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -114,6 +118,7 @@ class Args:
     seeds: tuple[int, ...] = ()  # instead of the experiment's, which begin with 1
     vary: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # an option and its values; again: combinations
     total_timesteps: int | None = None  # environment steps of each run, instead of the experiment's
+    eval_interval: int | None = None  # environment steps between tests, instead of the scripts'
     checkpoint_interval: int | None = None  # environment steps between checkpoints, instead of the scripts'
     backend: str | None = None  # as for the scripts
     folder: str = "runs"  # where runs are looked for, and new ones go
@@ -231,6 +236,7 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
         ("gpus", 0),
         ("memory", 0),
         ("total_timesteps", 1),
+        ("eval_interval", 1),
         ("checkpoint_interval", 1),
     ):
         if (value := getattr(args, name)) is not None and not low <= value:
@@ -241,6 +247,8 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
         raise InputError(
             "A custom experiment, and no other, needs --scripts: python experiments.py custom --scripts ..."
         )
+    if wrong := [name for name in args.scripts if Path(name).parent != Path() and Path(name).resolve().parent != ROOT]:
+        raise InputError(f"--scripts has {wrong[0]!r}; scripts are those beside experiments.py: copy it to yours.")
     places, steps, algorithms = EXPERIMENTS[args.experiment]
     algorithms = algorithms | {Path(name).stem: (name, 1) for name in args.scripts}
     if unknown := [name for name in args.algorithms if name not in algorithms]:
@@ -275,8 +283,9 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
         if wrong := sorted(varied.keys() & ignored(script)):
             raise InputError(f"--vary does not take {wrong[0]}, which makes no other run: leave it out.")
         more = ["--total-timesteps", str(args.total_timesteps or steps or known["total_timesteps"].default)]
-        if args.checkpoint_interval and "checkpoint_interval" in known:
-            more += ["--checkpoint-interval", str(args.checkpoint_interval)]
+        for key in ("eval_interval", "checkpoint_interval"):
+            if (interval := getattr(args, key)) and key in known:
+                more += [f"--{key.replace('_', '-')}", str(interval)]
         where = args.places or places or (known[place_option].default,)
         for seed, place, *values in product(args.seeds or range(1, seeds + 1), where, *varied.values()):
             chosen = dict(zip(varied, values, strict=True))
@@ -284,7 +293,9 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
             words += [word for key, value in chosen.items() for word in option(key, value, known[key])]
             options, game = check(script, words + more)
             words += ["--backend", options["backend"]] if "backend" in options and "backend" not in chosen else []
-            label = [Path(place).stem, algorithm, *(f"{k}={v}" for k, v in chosen.items() if k != "backend"), str(seed)]
+            place = chosen.get("env", Path(place).stem)  # another game has no level
+            more_words = [f"{k}={v}" for k, v in chosen.items() if k not in ("backend", "env")]
+            label = [place, algorithm, *more_words, str(seed)]
             folder = Path(args.folder, "__".join(label).replace("/", "-").replace(" ", "-"))
             same = identity(script, game, options)
             runs.setdefault(same, Run(name, words, more, options, options["total_timesteps"], same, folder))

@@ -11,12 +11,17 @@ The return-to-go is discounted, as Q_tot is; Soft-QMIX's Q_tot adds alpha times 
 with, and the episode here is greedy, as tests are.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, during the imports, too
+
 import csv
 import importlib
 import io
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 

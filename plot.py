@@ -18,11 +18,16 @@ scipy. A bootstrap of few seeds is too narrow: of normal data, it covers the mea
 in 84 %, with 10 in 91 %. Fewer than five are called few.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, during the imports, too
+
 import io
 import json
 import os
 import re
-import sys
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
@@ -75,7 +80,7 @@ class Args:
     smooth: int = 5
     """evaluations averaged for a point of a curve"""
     final: int = 10
-    """last evaluations averaged for the table's final value"""
+    """last evaluations averaged for the table's final value; never that at step 0"""
     at: tuple[int, ...] = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 5_000_000)
     """steps at which the table gives the mean of the evaluations of the last 50,000 steps"""
     title: str = ""
@@ -243,6 +248,11 @@ def band(strata: list[list[Run]], x: str, y: str, args: Args) -> tuple[np.ndarra
     return *map(np.concatenate, zip(*parts, strict=True)), np.isin(points, ends[:-1])
 
 
+def last_tests(values: np.ndarray, steps: np.ndarray, final: int) -> np.ndarray:
+    """The last `final` values; that of step 0, before any training, only if there is no other."""
+    return (values[steps > 0] if steps[-1] > 0 else values)[-final:]
+
+
 def scores(run: Run, measure: str, at: list[int], end: float, final: int) -> dict:
     """The table's figures of one run, without those it did not get to."""
     inside = run.columns["step"] <= end
@@ -253,7 +263,7 @@ def scores(run: Run, measure: str, at: list[int], end: float, final: int) -> dic
         if step <= run.end and window.any():
             found[step] = values[window].mean()
     if run.end >= end:
-        found["final"] = values[-final:].mean()
+        found["final"] = last_tests(values, x, final).mean()
         found["area"] = np.trapezoid(values, x) / (x[-1] - x[0]) if len(x) > 1 else values[0]
     return found
 
@@ -296,7 +306,7 @@ def table(groups: dict, measures: dict, args: Args) -> list[str]:
 def meanings(args: Args) -> str:
     """What the table's columns are, in a sentence below it."""
     over = "mean +- standard deviation" if args.statistic == "mean" else "inter-quartile mean"
-    last = f"final: of a run's last {args.final} tests" if args.final > 1 else "final: of a run's last test"
+    last = f"final: of a run's last {args.final} tests after step 0" if args.final > 1 else "final: of the last test"
     return f"Cells: {over} over seeds. A step: of the tests in the 50,000 before it; {last}; area: of all, by steps."
 
 
@@ -349,7 +359,9 @@ def marl_eval(runs: list[Run], final: int) -> dict:
             f"step_{i}": {"step_count": int(step), **{m: [value] for m, value in zip(measures, values, strict=True)}}
             for i, (step, *values) in enumerate(steps)
         }
-        seeds[name]["absolute_metrics"] = {m: [run.columns[m][-final:].mean()] for m in measures}
+        seeds[name]["absolute_metrics"] = {
+            m: [last_tests(run.columns[m], run.columns["step"], final).mean()] for m in measures
+        }
     return tree
 
 

@@ -39,6 +39,7 @@ import math
 import shlex
 import threading
 import time
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
@@ -338,7 +339,7 @@ def load(path: str, kind: str) -> dict:
     file = Path(path, f"{kind}.pt") if os.path.isdir(path) or kind == "checkpoint" else Path(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        found = f"it is {saved['kind']}"
+        found = f"it is {saved['kind']}" if zipfile.ZipFile(file).testzip() is None else "a part of it is damaged"
     except Exception:  # whatever a damaged or foreign file makes the unpickler raise
         found = "it is damaged, foreign, or too large for memory" if os.path.exists(file) else "there is no such file"
     if found != f"it is {ALGORITHM} {kind} 2":
@@ -364,7 +365,7 @@ def prepare(args: Args) -> tuple:
         raise InputError("--run-dir, --resume and --evaluate exclude each other: give one of them.")
     saved = load(args.resume, "checkpoint") if args.resume else args.evaluate and load(args.evaluate, "policy")
     for name in sorted(vars(args).keys() - MAY_CHANGE) if args.resume else ():
-        if (ours := getattr(args, name)) != (theirs := saved["args"][name]):
+        if (ours := getattr(args, name)) != (theirs := saved["args"].get(name, ours)):
             raise InputError(f"{name} is {ours}, but was {theirs} in {args.resume}: leave the option out.")
     if args.resume and saved["step"] >= args.total_timesteps and Path(args.resume, "summary.json").exists():
         raise InputError(f"{args.resume} has made its {saved['step']} steps: give more --total-timesteps.")
@@ -396,13 +397,12 @@ def train(args: Args, stop: threading.Event | None = None) -> dict:
         (lock := FileLock(run_dir / "run.lock")).acquire(timeout=0)  # released however this process ends
     except OSError as error:
         raise InputError(f"{run_dir} cannot be used: {error.strerror or 'another process trains in it'}.") from None
-    if not saved and (run_dir / "config.json").exists():
-        raise InputError(f"{run_dir} already holds a run: choose another --run-dir, or --resume this one.")
+    if not saved and {"config.json", "metrics.csv", "checkpoint.pt"} & set(os.listdir(run_dir)):
+        raise InputError(f"{run_dir} already holds a run: choose another --run-dir (--resume needs its checkpoint.pt).")
     about = {"algorithm": ALGORITHM, **env.about, "device": str(device), "python": sys.version.split()[0]}
     about |= {"torch": str(torch.__version__), "numpy": np.__version__, "args": asdict(args), "map": env.name}
     about |= {name: getattr(env, name) for name in SIZES}
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # the GRU on a GPU in float32, too: cuDNN's default is TF32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # a GRU in float32 on a GPU, too
     torch.manual_seed(args.seed + (saved["step"] if saved else 0))  # on a GPU a resumed run draws new random numbers
     networks = Networks(env, args).to(device)
     optimizer = torch.optim.Adam(networks.parameter_groups(), lr=args.learning_rate)

@@ -16,6 +16,7 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import re
+import traceback
 
 import cloudpickle
 import numpy as np
@@ -120,6 +121,8 @@ class Game:
         view = self.look(observations, infos)
         final = view if ended else None
         reward /= len(self.agents) if self.team_reward == "mean" else 1
+        if not all(np.isfinite(numbers).all() for numbers in (reward, *view[:2])):
+            raise FloatingPointError(f"The environment's step {self.steps} gives rewards or views that are not finite.")
         return reward, terminated, truncated, final, self.begin() if ended else view
 
 
@@ -134,7 +137,7 @@ def serve(pipe, pickled):
     except (EOFError, KeyboardInterrupt):
         pass
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        pipe.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
 class PettingZooBatch:

@@ -439,8 +439,25 @@ def test_the_batch_refuses_what_cannot_be():
     refused("team_reward is 'max', expected one of sum, mean.", PettingZooBatch, make, 1, team_reward="max")
     refused("The environment has no state()", PettingZooBatch, Leaving, 1, state="env")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # or else the worker imports this whole file
-    with pytest.raises(RuntimeError, match=r"worker process failed: OSError: the engine stopped"):
+    with pytest.raises(RuntimeError, match=r"(?s)worker process failed: OSError: the engine stopped.*, in step"):
         play(PettingZooBatch(lambda: Leaving(fails=True), 1, workers=1), 1, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("what", ["reward", "view"])
+def test_numbers_that_are_not_finite_are_told_where_they_come_from(what):
+    class Broken(Leaving):
+        def step(self, actions):
+            observations, rewards, *rest = super().step(actions)
+            if what == "reward":
+                rewards["b"] = float("inf")
+            else:
+                observations["a"]["observation"][0, 0] = np.nan
+            return observations, rewards, *rest
+
+    env = PettingZooBatch(Broken, 1)
+    _, info = env.reset()
+    with pytest.raises(FloatingPointError, match="step 1 gives rewards or views that are not finite"):
+        env.step(info["action_mask"].argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_subsets_and_varied_options(house, monkeypatch):
     assert {(run.steps, run.options["level"], run.options["backend"]) for run in runs} == {(9, "hard", "other")}
     assert runs[0].more == ["--total-timesteps", "9"]
     ((run, *_), _) = experiments.plan(experiments.Args("mine", **given, total_timesteps=9, checkpoint_interval=5))
-    assert run.more == ["--total-timesteps", "9", "--checkpoint-interval", "5"]
+    assert run.more == ["--total-timesteps", "9", "--checkpoint-interval", "5"]  # toys know no interval of tests
     assert str(runs[0].folder) == "x/hard__b__alpha=0.5__use_g=True__7"
 
 
@@ -503,6 +503,8 @@ def test_progress_is_a_table_on_a_terminal_and_a_line_a_minute_elsewhere(house, 
         ("custom --scripts toy_mpe --total-timesteps 0", "--total-timesteps is 0"),
         ("custom --scripts toy_mpe --run --folder /dev/null/x", "/dev/null/x"),
         ("custom --scripts toy_mpe --folder needy_mpe.py", "needy_mpe.py is a file"),
+        ("custom --scripts elsewhere/toy_mpe.py", "'elsewhere/toy_mpe.py'; scripts are those beside experiments.py"),
+        ("custom --scripts toy_mpe --eval-interval 0", "--eval-interval is 0"),
         ("custom --scripts toy_mpe --run --ray auto", "requirements-ray.txt"),
     ],
 )  # fmt: skip
@@ -602,3 +604,11 @@ def test_a_plan_leaves_no_file_behind(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     experiments.plan(experiments.Args(experiment, seeds=(1,), folder="runs"))
     assert not list(tmp_path.iterdir())
+
+
+def test_tests_between_are_as_frequent_as_asked_for_and_another_game_gives_its_name():
+    """With a real script, which has such an interval."""
+    given = dict(scripts=("qmix_mpe",), seeds=(1,), total_timesteps=9, eval_interval=3)
+    ((run,), _) = experiments.plan(experiments.Args("custom", **given, vary=(("env", "mpe2.simple_reference_v3"),)))
+    assert run.more == ["--total-timesteps", "9", "--eval-interval", "3"]
+    assert str(run.folder) == "runs/mpe2.simple_reference_v3__qmix_mpe__1"

@@ -264,6 +264,15 @@ def test_compare_says_how_likely_one_is_better(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_the_untrained_test_is_none_of_the_last(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", "soft", 1, [0.0, 0.4, 0.6])
+    write_run(tmp_path / "b", "qmix", 1, [0.25])
+    rows = cells(run_plot(monkeypatch, capsys, tmp_path, "--json", tmp_path / "x.json")[1])
+    assert {row[1]: row[-3] for row in rows} == {"soft": "0.5", "qmix": "0.25"}
+    tree = json.loads((tmp_path / "x.json").read_text())["SMACv2 (sim 1)"]["zerg_5_vs_5"]
+    assert tree["soft"]["seed_1"]["absolute_metrics"]["win_rate"] == [0.5]
+
+
 def test_compare_over_all_maps_takes_those_that_both_played(tmp_path, monkeypatch, capsys):
     write_maps(tmp_path)
     write_run(tmp_path / "third", "qmix", 1, [0.0], place="protoss_5_vs_5")
@@ -551,8 +560,8 @@ def test_values_on_the_way_end_at_their_step(tmp_path, monkeypatch, capsys):
 def test_the_columns_of_the_table_are_told(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", "soft", 1, [0.0, 0.2])
     said = {
-        (): ("mean +- standard deviation over seeds", "of a run's last 10 tests"),
-        ("--final", 1, "--statistic", "iqm"): ("inter-quartile mean over seeds", "of a run's last test;"),
+        (): ("mean +- standard deviation over seeds", "of a run's last 10 tests after step 0;"),
+        ("--final", 1, "--statistic", "iqm"): ("inter-quartile mean over seeds", "of the last test;"),
     }
     for options, words in said.items():
         _, printed = run_plot(monkeypatch, capsys, tmp_path, "--out", tmp_path / "x.png", *options)

@@ -275,6 +275,23 @@ def test_a_run_is_never_overwritten(finished, capsys):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_what_is_left_of_a_damaged_run_is_not_overwritten_either(run, capsys):
+    script, folder = run
+    for name in ("config.json", "summary.json", "checkpoint.pt"):
+        (folder / name).unlink()
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        assert "already holds a run" in one_sentence(run_main(script, capsys, "--run-dir", folder, *tiny(script)))
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_goes_on_with_an_option_that_a_researcher_has_added_since(run):
+    script, folder = run
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del saved["args"]["tau"]  # as if it were new
+    torch.save(saved, folder / "checkpoint.pt")
+    assert train(script, resumed_args(script, folder, total_timesteps=800))["env_steps"] == 800
+
+
 def test_foreign_files_in_a_runs_folder_survive_and_disturb_nothing(run, capsys):
     script, folder = run
     foreign = [folder / name for name in (".DS_Store", "x.tmp", "400_backup/policy.pt", "notes.json")]
@@ -362,6 +379,10 @@ def spoil(path, damage: str) -> None:
         path.write_text("policy")
     elif damage == "missing":
         path.unlink()
+    elif damage == "a flipped byte":  # which the unpickler does not see
+        content = bytearray(content)
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
     elif damage == "foreign":
         torch.save({"weights": torch.ones(3)}, path)
     else:
@@ -377,7 +398,8 @@ def spoil(path, damage: str) -> None:
 
 @pytest.mark.parametrize("kind", ["checkpoint", "policy"])
 @pytest.mark.parametrize(
-    "damage", ["truncated", "text", "missing", "foreign", "other sizes", "older version", "another script's"]
+    "damage",
+    ["truncated", "a flipped byte", "text", "missing", "foreign", "other sizes", "older version", "another script's"],
 )
 def test_files_that_do_not_fit_are_refused_in_one_sentence(run, kind, damage, capsys):
     script, folder = run
