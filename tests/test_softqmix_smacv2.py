@@ -146,7 +146,7 @@ BAD_OPTIONS = {
     "--run-dir README.md/run": "README.md/run cannot be used",
     "--num-envs many": "num-envs",
     "--learning-rate inf": "--learning-rate",
-    "--resume a --evaluate b": "a holds no policy of this version of softqmix_smacv2: there is no such file",
+    "--resume a --evaluate b": "a/checkpoint.pt holds no checkpoint of this version of softqmix_smacv2: there is no",
     "--env-options prob_obs_enemy 0": "The simulator has no option prob_obs_enemy",
     "--env-options enemy_wipe maybe": "enemy_wipe",
     "--env-options speed 2": "no option speed",
