@@ -293,9 +293,8 @@ def plan(args: Args) -> tuple[list[Run], list[str]]:
             words += [word for key, value in chosen.items() for word in option(key, value, known[key])]
             options, game = check(script, words + more)
             words += ["--backend", options["backend"]] if "backend" in options and "backend" not in chosen else []
-            place = chosen.get("env", Path(place).stem)  # another game has no level
-            more_words = [f"{k}={v}" for k, v in chosen.items() if k not in ("backend", "env")]
-            label = [place, algorithm, *more_words, str(seed)]
+            others = (f"{k}={v}" for k, v in chosen.items() if k not in ("backend", "env"))
+            label = [chosen.get("env", Path(place).stem), algorithm, *others, str(seed)]  # another game has no level
             folder = Path(args.folder, "__".join(label).replace("/", "-").replace(" ", "-"))
             same = identity(script, game, options)
             runs.setdefault(same, Run(name, words, more, options, options["total_timesteps"], same, folder))
