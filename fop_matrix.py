@@ -12,7 +12,7 @@ Schneider 2024, arXiv 2406.13930, small.
 Two agents choose a row and a column at the same time, and both receive that cell of the payoff. Each has a policy and
 values q_i; two critics join the values to Q_tot (FOP's Q_jt) by weights lambda that depend on the joint action. So
 Q_tot can equal any payoff, and its best joint action need not be made of the actions that q_i, and so the policies,
-prefer: nearly all seeds know the best cell and choose another. `diff fop_matrix.py softqmix_matrix.py` shows the rest.
+prefer: nearly all seeds know the best cell and choose another. `diff softqmix_matrix.py fop_matrix.py` is what differs.
 
 Shape comments: K seeds, B games of a batch, E environments, N = 2 agents, A actions, J = n * m joint actions, H hidden
 units, S = 1 state, C = 2 critics. Table 10, appendix and other tables are those of Chen, Huang, Schneider."""
@@ -116,7 +116,7 @@ class Critic(nn.Module):
     def forward(self, obs, state, joint, mask, alpha) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (N, 1), state (J, S), one-hot joint actions (J, N, A), mask (N, A), alpha -> q_i (N, A), Q_tot (J,).
         The gradient of Q_tot reaches q_i with weight 1 and lambda through the advantage q_i - v_i, which is frozen."""
-        q = self.q(torch.cat([obs, torch.eye(len(obs))], dim=-1))  # (N, A)
+        q = self.q(torch.cat([obs, torch.eye(len(obs))], dim=-1)).masked_fill(~mask, 0)  # (N, A)
         v_i = alpha * (q.masked_fill(~mask, -torch.inf) / alpha).logsumexp(-1)  # (N,), the soft value
         q_i = (q * joint).sum(-1)  # (J, N), of the actions taken
         correction = (self.weight(state, joint) - 1) * (q_i - v_i).detach()
@@ -181,7 +181,7 @@ def compute_losses(logits, q, q_tot, mask, joint, reward, alpha) -> dict[str, to
     All games have the same observation, so the policy's loss needs none of the batch."""
     td_error = q_tot.gather(2, joint.unsqueeze(1).expand(-1, 2, -1)) - reward.unsqueeze(1)  # (K, C, B); no bootstrap
     log_policy = masked_log_policy(logits, mask)
-    gain = q.min(1).values.detach() - alpha * log_policy.masked_fill(~mask, 0)  # (K, N, A), of value and of entropy
+    gain = (q.min(1).values.detach() - alpha * log_policy).masked_fill(~mask, 0)  # (K, N, A), of value and of entropy
     loss_pi = -(log_policy.exp() * gain).sum(-1).mean(1)  # in closed form; least for softmax(q_i / alpha)
     return {"td": td_error.square().mean(2).sum(1), "policy": loss_pi}
 

@@ -11,14 +11,15 @@
     python fop_smacv2.py --evaluate runs/NAME/policy.pt --eval-episodes 1000          # test what was learnt
 
 Soft actor-critic for a team whose joint policy is the product of its agents' policies. Each agent has an actor pi_i,
-which follows softmax(q_i / alpha) of the agent's own critic q_i. A mixer adds up Q_jt from V(s), the q_i and the
-advantages q_i - v_i over the soft values v_i, weighted by global state and joint action; Q_jt learns from the team's
-reward. A baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930): `diff qmix_smacv2.py fop_smacv2.py` is
-the method. Alpha is large for 90,000 steps, in which play is nearly uniform: only greedy tests show what is learnt.
+which follows softmax(q_i / alpha), q_i the lower of two critics' values of the agent's actions. In each critic a mixer
+adds up Q_jt from V(s), the q_i and the advantages q_i - v_i over the soft values v_i, weighted by global state and
+joint action; Q_jt learns from the team's reward. A baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv
+2406.13930): `diff qmix_smacv2.py fop_smacv2.py` is the method. Alpha falls over 90,000 steps, most of which play nearly
+uniformly: only greedy tests show what is learnt.
 
-"FOP" is the first paper with its code; table, algorithm and appendix numbers are the second's. In shape comments: B
-episodes of a batch, N agents, A actions, E environments, S state, O observation, H hidden state, K heads of a mixer; M
-rows of a batch with t = 0..L, R of them with t < L.
+"(FOP)" marks what is from Zhang et al. or their released code; table, algorithm and appendix numbers are Chen et al.'s.
+In shape comments: B episodes of a batch, N agents, A actions, E environments, S state, O observation, H hidden state, K
+heads of a mixer; M rows of a batch with t = 0..L, R of them with t < L.
 """
 
 import os
@@ -195,7 +196,7 @@ class Critic(nn.Module):
 
 
 class Networks(nn.Module):
-    """All networks of a run: the actor, two critics that differ in their first weights, and their target copies."""
+    """All networks of a run: the actor, two critics that differ in their initial weights, and their target copies."""
 
     def __init__(self, env: SMACv2Sim | StarCraft2, args: Args):
         super().__init__()
@@ -219,7 +220,7 @@ def epsilon_at(step: int, args: Args) -> float:
 
 
 def alpha_at(step: int, args: Args) -> float:
-    """Temperature of policy and soft values, annealed linearly from alpha_start to alpha_finish (FOP)."""
+    """Temperature of policy, soft values and targets, annealed linearly from alpha_start to alpha_finish (FOP)."""
     return float(np.interp(step, [0, args.alpha_anneal_time], [args.alpha_start, args.alpha_finish]))
 
 
@@ -287,10 +288,12 @@ def td_lambda_targets(reward, terminated, next_q, next_log_policy, sizes, gamma,
 
 
 def compute_losses(networks: Networks, batch, alpha: float, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L_Q + L_pi, and what to log: both, mean Q_jt, the joint policy's entropy (nats) at t."""
+    """L_Q + L_pi, and what to log: both, mean Q_jt, the joint policy's entropy (nats) at t. Of both critics c, means
+    over steps, and over agents in L_pi:
+      L_Q = sum_c mean [Q_jt,c(s_t, u_t) - y_t]^2,  L_pi = mean sum_u pi_i(u) [alpha log pi_i(u) - min_c q_i,c(u)]"""
     B, now = batch.sizes[0], batch.now
     mask, action = batch.mask[now], batch.last_action[B:]  # (R, N, A), (R, N), taken at time t
-    next_mask, next_state = batch.mask[B:], batch.state[B:]  # (R, N, A), (R, S)
+    next_state, next_mask = batch.state[B:], batch.mask[B:]  # (R, S), (R, N, A)
 
     logits, _ = networks.actor(batch.obs, batch.last_action, sizes=batch.sizes)  # (M, N, A)
     log_policy = masked_log_policy(logits, batch.mask)
@@ -303,11 +306,12 @@ def compute_losses(networks: Networks, batch, alpha: float, args: Args) -> tuple
         inputs = (batch.obs[B:], next_state, next_mask, next_action, alpha)
         next_q = torch.minimum(*(target(*inputs)[1] for target in networks.target))  # (R,), of the joint values
         columns = (batch.reward[B:], batch.terminated[B:], next_q, next_log_policy)
-        entropy_weight = alpha if args.joint_entropy else alpha / action.shape[1]
+        entropy_weight = alpha if args.joint_entropy else alpha / action.shape[1]  # of log pi's sum over agents
         y = td_lambda_targets(*columns, batch.sizes[1:], args.gamma, args.td_lambda, entropy_weight)  # (R,)
 
     loss_q = (q_jt1 - y).square().mean() + (q_jt2 - y).square().mean()
-    # In closed form over actions. An agent with one action has log pi = 0 and no gradient: the dead need no mask.
+    # In closed form over actions. An agent with one action has log pi = 0 and no gradient: the dead need no mask,
+    # and count in the mean.
     policy, log_policy = log_policy[now].exp(), log_policy[now]
     q = torch.minimum(q1, q2).detach()  # (R, N, A), of each agent's own values
     loss_pi = (policy * (alpha * log_policy - q).masked_fill(~mask, 0)).sum(-1).mean()
@@ -317,7 +321,7 @@ def compute_losses(networks: Networks, batch, alpha: float, args: Args) -> tuple
 
 
 def update(networks: Networks, optimizer: torch.optim.RMSprop, batch, alpha: float, args: Args) -> dict:
-    """One gradient step. RMSprop works by parameter, so one optimiser does for all losses; returns the logs."""
+    """One gradient step. RMSprop works parameter by parameter, so one does for all losses; returns the logs."""
     loss, logs = compute_losses(networks, batch, alpha, args)
     optimizer.zero_grad()
     loss.backward()

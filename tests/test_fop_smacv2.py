@@ -189,7 +189,7 @@ def slow_losses(networks, episodes, alpha, args) -> dict[str, float]:
 @pytest.mark.parametrize("joint_entropy", [False, True])
 @pytest.mark.parametrize("alpha", [0.5, 0.05])
 def test_losses_equal_a_loop_over_episodes_steps_and_agents(joint_entropy, alpha, no_dice):
-    """Two of the episodes are cut off: their targets begin with the value of the last view."""
+    """Two of the episodes are cut off: the recursion of their targets starts from the value of the last view."""
     args, networks = make_args(joint_entropy=joint_entropy), make_networks()
     episodes = random_episodes([3, 9, 5, 5, 1], cut_off=(1, 4))
     loss, logs = script.compute_losses(networks, make_batch(script, episodes, torch.float64)[0], alpha, args)
@@ -644,8 +644,8 @@ def test_options_and_defaults():
 # --- Learning ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_agents_learn_to_agree(seed, tmp_path, monkeypatch):
-    """The example of docs/your_environment.md. Measured with six seeds: none right in all ten steps of all 128 test
-    episodes after 100 steps but one seed, five after 200, all after 300 to 600; untrained agents win none."""
+    """The example of docs/your_environment.md. Measured with six seeds, all ten steps of all 128 test episodes are
+    right in one of them after 100 steps, in five after 200, in all after 300 to 600; untrained agents win none."""
     example = {}
     code = python_example("docs/your_environment.md").partition("script.make_env")[0]
     exec(code, example)

@@ -167,15 +167,33 @@ def test_hasac_shares_what_means_the_same():
         }  # fmt: skip
 
 
+def rest(file: str) -> list[str]:
+    """What stands between definitions: imports, constants, guards."""
+    source = (ROOT / file).read_text()
+    body = [n for n in ast.parse(source).body[1:] if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    return [ast.get_source_segment(source, node) for node in body]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "model", "unneeded"),
+    [
+        ("fop_smacv2.py", "qmix_smacv2.py", set()),
+        ("mappo_smacv2.py", "qmix_smacv2.py", {"import copy", "from collections import deque"}),
+        ("hasac_smacv2.py", "qmix_smacv2.py", {"from collections import deque"}),
+        ("fop_matrix.py", "softqmix_matrix.py", {"from typing import Literal"}),
+        ("qmix_matrix.py", "softqmix_matrix.py", set()),
+    ],
+)
+def test_a_baseline_imports_and_guards_what_its_model_does(baseline, model, unneeded):
+    """Its own options have ranges of their own; nothing else differs, but for imports that it does not need."""
+    ours, theirs = ([line for line in rest(file) if not line.startswith("RANGES")] for file in (baseline, model))
+    assert ours == [line for line in theirs if line not in unneeded]
+    assert set(theirs) - set(ours) == unneeded
+
+
 @pytest.mark.parametrize(("plain", "soft"), PAIRS)
 def test_what_stands_between_definitions_is_the_same(plain, soft):
     """Imports and constants, but for what Soft-QMIX's default of alpha and QMIX's epsilon need."""
-
-    def rest(file):
-        source = (ROOT / file).read_text()
-        body = [n for n in ast.parse(source).body[1:] if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
-        return [ast.get_source_segment(source, node) for node in body]
-
     ours, theirs = rest(plain), rest(soft)
     assert [line for line in theirs if line not in ours and "parse_map_name" not in line] == []
     assert [line for line in ours if line not in theirs and "SMACv2Sim" not in line] == [
