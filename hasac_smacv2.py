@@ -3,9 +3,9 @@
 # dependencies = ["torch==2.13.0", "numpy>=2,<3", "tyro>=0.9,<2", "numba>=0.61", "tensorboard>=2.18", "tqdm>=4.66",
 #   "filelock>=3.12", "pillow>=10.1"]
 # ///
-"""HASAC on SMACv2 (Liu et al. 2024, arXiv 2306.10715), one file, top to bottom: off-policy, beside softqmix_smacv2.py.
+"""HASAC on SMACv2 (Liu et al. 2024, arXiv 2306.10715), one file, top to bottom: off-policy actor-critic.
 
-    python hasac_smacv2.py --map protoss_5_vs_5                                       # the paper's run, 10M steps
+    python hasac_smacv2.py --map protoss_5_vs_5                                       # the paper's 10M steps: days
     python hasac_smacv2.py --map terran_5_vs_5 --total-timesteps 200000               # watch it learn, an hour or two
     python hasac_smacv2.py --resume runs/NAME                                         # go on after Ctrl-C or a crash
     python hasac_smacv2.py --evaluate runs/NAME/policy.pt --eval-episodes 1000        # test what was learnt
@@ -14,8 +14,8 @@ Soft actor-critic for a team whose agents share no weights: twin critics Q(s, u_
 actor without memory that sees its own observation only. Actors are updated one after another, in a random order, each
 against those already updated. A baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930).
 
-"Liu" is the first paper, table and algorithm numbers are the second's. In shape comments: E environments, B steps of
-a batch, N agents, A actions, S state, O observation, H units of a layer; R of the B steps bootstrap, M is any number.
+"Liu" is Liu et al.; table and algorithm numbers are Chen et al.'s. In shape comments: E environments, B steps of a
+batch, N agents, A actions, S state, O observation, H units of a layer; R of the B steps bootstrap, M is any number.
 """
 
 import os
@@ -76,7 +76,7 @@ class Args:
     evaluate: str | None = None  # only evaluate this policy.pt, or that of this run folder
     capture_video: bool = False  # film battles of the last test, on the simulator
     check_env: bool = False  # only look for StarCraft II, play one battle, and print sizes, speed and versions
-    total_timesteps: int = 10_050_000  # environment steps of all environments as for the other scripts (Table 7: 10M)
+    total_timesteps: int = 10_050_000  # environment steps of all environments together, as in the other scripts (10M)
     num_envs: int = 8  # battles stepped as one batch (Table 7)
     learning_starts: int = 10_000  # environment steps, played at random, before the first update (Table 7)
     updates_per_step: float = 1.0  # updates per step of all environments (Table 7's two numbers mean 50 in 50 steps)
@@ -90,7 +90,7 @@ class Args:
     tau: float = 0.005  # after each update the target critics move this fraction of the way (Table 7)
     auto_alpha: bool = True  # learn the temperatures, one for each agent and one for the critics (Table 7)
     alpha: float = 1.0  # temperatures at the start; with --no-auto-alpha throughout
-    target_entropy: float = 0.0  # c: auto_alpha's aim, c log(available actions) nats; 0, as released: they only fall
+    target_entropy: float = 0.0  # c: auto_alpha aims at c log(available actions) nats; at 0, as released, it only falls
     sequential: bool = True  # agents later in the order see the new actions of those before; otherwise the old ones
     eval_interval: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 32  # greedy battles in an evaluation; on the simulator its largest divisor up to 64 at a time
@@ -162,7 +162,7 @@ class Critic(nn.Module):
 
 
 class Networks(nn.Module):
-    """All networks of a run: actors, critics, the critics' target copies, and N + 1 temperatures, the critics' last."""
+    """All networks of a run: actors, critics, the critics' target copies, log alpha of each agent, then the critics."""
 
     def __init__(self, env: SMACv2Sim | StarCraft2, args: Args):
         super().__init__()
@@ -241,7 +241,7 @@ class Replay:
         columns |= {name: ((), torch.bool) for name in ("terminated", "ended", "valid")}
         self.columns = {name: torch.empty(self.K * self.E, *size, dtype=kind) for name, (size, kind) in columns.items()}
         self.final: dict[int, dict[str, torch.Tensor]] = {}  # row -> the view that its step led to
-        self.now, self.size = 0, 0  # the current view's slot; steps that can be drawn, in each environment
+        self.now, self.size = 0, 0  # the current view's slot; steps stored, in each environment
 
     def add(self, step: dict, row: dict, truncated: np.ndarray, final: dict | None) -> None:
         """A step of all environments, the views that it led to, and the last views of those that were cut off."""
@@ -251,7 +251,7 @@ class Replay:
         for slot, columns in ((old, step), (self.now, row)):
             for name, column in columns.items():
                 self.columns[name][slot * self.E : (slot + 1) * self.E] = column
-        for e in range(self.E):
+        for e in range(self.E):  # whose oldest steps were just written over
             self.final.pop(self.now * self.E + e, None)
 
     def forget(self, e: int) -> None:
@@ -283,7 +283,7 @@ class Replay:
         return SimpleNamespace(**{name: column.to(device) for name, column in batch.items()})
 
     def get_state(self) -> dict:
-        """For checkpoints: what has been written, without copying it."""
+        """For checkpoints: what has been written (of a view torch.save would store all memory, but not of numpy's)."""
         columns = {name: torch.from_numpy(x.numpy()[: (self.size + 1) * self.E]) for name, x in self.columns.items()}
         return {"columns": columns, "final": self.final, "now": self.now, "size": self.size}
 
@@ -296,7 +296,7 @@ class Replay:
 # --- Learning ---------------------------------------------------------------------------------------------------------
 def sample_actions(obs, mask, weights: list[list[torch.Tensor]]) -> tuple[torch.Tensor, list, list]:
     """u_i ~ pi_i for all agents: one-hot (M, N, A); and for each agent the rows in which it has a choice and its log
-    policy there. Of agents without a choice nothing need be computed: they do what they can, and log pi is 0."""
+    policy there. Agents without a choice need no computing: their mask is their one action, and log pi is 0."""
     joint, rows, log_policies = mask.float(), [], []
     for i, own in enumerate(weights):
         chosen = has_choice(mask[:, i]).nonzero().squeeze(1)
@@ -357,8 +357,8 @@ def update(networks: Networks, optimizer: torch.optim.Adam, batch, args: Args) -
     optimizer.zero_grad()
     log_prob, losses = update_policies(networks, optimizer, weights, batch, args)
     if args.auto_alpha:  # L = -log alpha mean(log pi + target), agent i's mean over the steps in which it has a choice
-        excess = log_prob + args.target_entropy * batch.mask.sum(-1).log()  # (B, N), 0 for those without a choice
-        means = [*(excess.sum(0) / has_choice(batch.mask).sum(0).clamp(min=1)), excess.sum(1).mean()]
+        shortfall = log_prob + args.target_entropy * batch.mask.sum(-1).log()  # (B, N), 0 for those without a choice
+        means = [*(shortfall.sum(0) / has_choice(batch.mask).sum(0).clamp(min=1)), shortfall.sum(1).mean()]
         (-networks.log_alpha * torch.stack(means)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

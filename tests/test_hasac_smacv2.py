@@ -299,6 +299,9 @@ def test_acting_is_uniform_at_first_and_never_unavailable(uniform):
     shares = torch.stack([(action == a).float().mean(0) for a in range(5)])
     expected = [0.25] * 4 + [0.0] if uniform else [0.0, 0, 0, 1, 0]
     torch.testing.assert_close(shares, torch.tensor(expected).unsqueeze(1).expand(5, 3), rtol=0, atol=0.04)
+    if uniform:  # agents and environments draw independently
+        for one, other in ((action[:, 0], action[:, 1]), (action[:, 1], action[:, 2]), (action[1:], action[:-1])):
+            assert (one == other).float().mean().item() == pytest.approx(0.25, abs=0.04)
 
 
 # --- Targets ----------------------------------------------------------------------------------------------------------
@@ -355,14 +358,14 @@ def test_the_critics_step_by_hand():
 TWO = SimpleNamespace(num_agents=2, num_actions=3, obs_size=2, state_size=3)
 
 
-def explicit(networks, weights, batch, args, order, gumbels) -> list:
-    """The sequential update step by step, with PyTorch's modules of one agent, on copies: the agents' new weights.
+def explicit(networks, weights, batch, args, order, gumbels) -> tuple[list, dict]:
+    """The sequential update step by step, on copies of the weights: the agents' new ones, and each agent's loss.
     gumbels: the noise in the order in which it is drawn, each for the rows in which the agent has a choice."""
     noise, copies = iter(gumbels), [[w.detach().clone().requires_grad_() for w in own] for own in weights]
     adams = [torch.optim.Adam(own, lr=args.learning_rate) for own in copies]
     alpha = networks.log_alpha.detach().exp()
     rows = [(batch.mask[:, i].sum(-1) > 1).nonzero().flatten() for i in range(2)]
-    u = batch.mask.float()
+    u, losses = batch.mask.float(), {}
 
     def log_pi(i):
         logits = script.Agent.logits(batch.obs[rows[i], i], copies[i])
@@ -388,7 +391,8 @@ def explicit(networks, weights, batch, args, order, gumbels) -> list:
             weight.grad = gradient
         adams[i].step()
         draw(i)
-    return copies
+        losses[i] = loss.item()
+    return copies, losses
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -405,8 +409,8 @@ def test_agents_learn_one_after_another_against_new_actions(order, monkeypatch):
     counts = batch.mask.sum(-1).gt(1).sum(0).tolist()
     shapes = [(counts[i], 3) for i in (0, 1, order[0], order[0], order[1], order[1])]
     gumbels = [-torch.empty(shape).exponential_().log() for shape in shapes]
-    expected = explicit(networks, weights, batch, args, order, gumbels)
-    alone = explicit(
+    expected, losses = explicit(networks, weights, batch, args, order, gumbels)
+    alone, _ = explicit(
         networks, weights, batch, args, order[1:], [*gumbels[:2], *gumbels[4:]]
     )  # old actions of the first
     critic = copy.deepcopy(networks.critic)
@@ -418,8 +422,9 @@ def test_agents_learn_one_after_another_against_new_actions(order, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "exponential_", exponential)
     monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor(order))
-    script.update_policies(networks, optimizer, weights, batch, args)
+    _, logged = script.update_policies(networks, optimizer, weights, batch, args)
     assert len(drawn) == 6
+    assert logged.tolist() == pytest.approx([losses[0], losses[1]], rel=1e-4)
     for ours, theirs in zip(weights, expected, strict=True):
         torch.testing.assert_close([w.detach() for w in ours], [w.detach() for w in theirs], rtol=1e-3, atol=1e-4)
     difference = [(w - v).abs().max().item() for w, v in zip(weights[order[1]], alone[order[1]], strict=True)]
@@ -584,7 +589,9 @@ def test_temperatures_by_hand():
     log_prob, _ = script.update_policies(networks, optimizer, weights, batch, args)
     networks, optimizer, weights = make(args)
     torch.manual_seed(9)
+    heard, update_policies = [], script.update_policies
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update_policies", lambda *a: heard.append(update_policies(*a)) or heard[0])
         patch.setattr(script, "compute_targets", lambda *_: batch.returns)
         logs = script.update(networks, optimizer, batch, args)
     gradients = optimizer.state[networks.log_alpha]["exp_avg"] / 0.1
@@ -592,11 +599,12 @@ def test_temperatures_by_hand():
     for i in range(3):
         choice = batch.mask[:, i].sum(-1) > 1
         assert log_prob[~choice, i].eq(0).all()
-        excess = log_prob[:, i] + 0.5 * batch.mask[:, i].sum(-1).log()
-        total += excess
-        torch.testing.assert_close(gradients[i], -excess[choice].mean(), rtol=1e-4, atol=1e-5)
+        shortfall = log_prob[:, i] + 0.5 * batch.mask[:, i].sum(-1).log()
+        total += shortfall
+        torch.testing.assert_close(gradients[i], -shortfall[choice].mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients[3], -total.mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logs["entropy"], -log_prob.sum() / (batch.mask.sum(-1) > 1).sum())
+    torch.testing.assert_close(logs["policy"], heard[0][1].mean())  # after the critics' step
 
 
 def test_fixed_temperatures_stay():
@@ -606,7 +614,7 @@ def test_fixed_temperatures_stay():
     torch.testing.assert_close(networks.log_alpha.detach().exp(), torch.full((4,), 0.05))
 
 
-def test_nothing_is_computed_on_another_device():
+def test_acting_and_critics_stay_on_their_device():
     """Acting and the critics on the meta device, which as a GPU does refuses to compute with a CPU's tensors; but it
     cannot tell which rows have a choice, so that updates are left to the tests marked gpu."""
     args, device = make_args(), torch.device("meta")

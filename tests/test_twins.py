@@ -175,6 +175,28 @@ def rest(file: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("baseline", "words"),
+    [("mappo_smacv2.py", "num_steps|batch_size|anneal_steps|made its"), ("hasac_smacv2.py", "buffer_size")],
+)
+def test_the_frame_of_a_baseline_is_that_of_qmix(baseline, words):
+    """Definitions in the same order; refusals, command line, and the training loop but for playing, storing and
+    learning, as in qmix_smacv2.py, unless a line is about what is learnt from or what learns."""
+    ours, theirs = definitions("qmix_smacv2.py"), definitions(baseline)
+    assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
+
+    def frame(source):
+        before, _, loop = source.partition("# Act in all environments")
+        return [line.strip() for line in (before + loop.partition("bar.close()")[2]).splitlines() if line.strip()]
+
+    learner = r"cudnn|optimizer|replay|rollout|played|returns|hidden|row\b|E = |E, N = |saved\[|actor|critic\.agent"
+    learner += r"|charts|alpha|Nothing was learnt"
+    for name, what in (("prepare", words), ("main", "advice"), ("train", learner)):
+        changed = [line for line in difflib.ndiff(frame(ours[name]), frame(theirs[name])) if line[0] in "+-"]
+        assert [line for line in changed if not re.search(what, line)] == []
+        assert len(changed) <= 40  # fewer than a third of train()'s lines
+
+
+@pytest.mark.parametrize(
     ("baseline", "model", "unneeded"),
     [
         ("fop_smacv2.py", "qmix_smacv2.py", set()),
