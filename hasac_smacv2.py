@@ -90,7 +90,7 @@ class Args:
     tau: float = 0.005  # after each update the target critics move this fraction of the way (Table 7)
     auto_alpha: bool = True  # learn the temperatures, one for each agent and one for the critics (Table 7)
     alpha: float = 1.0  # temperatures at the start; with --no-auto-alpha throughout
-    target_entropy: float = 0.0  # c: auto_alpha aims at c log(available actions) nats; at 0, as released, it only falls
+    target_entropy: float = 0.0  # c: auto_alpha aims at c log(available actions) nats; 0, as released: alphas only fall
     sequential: bool = True  # agents later in the order see the new actions of those before; otherwise the old ones
     eval_interval: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 32  # greedy battles in an evaluation; on the simulator its largest divisor up to 64 at a time

@@ -14,7 +14,7 @@ PPO for a team: one recurrent policy, shared by all agents, each of which sees i
 critic that sees the global state, too. Collect a rollout, estimate advantages by GAE, take five clipped gradient steps
 on it, throw it away. The on-policy baseline of Soft-QMIX (Chen, Huang, Schneider 2024, arXiv 2406.13930).
 
-"Yu" is the first paper, table numbers are the second's. In shape comments: E environments, T steps of a rollout, C of a
+"Yu" is Yu et al.; table numbers are Chen et al.'s. In shape comments: E environments, T steps of a rollout, C of a
 chunk, N agents, A actions, S state, O observation, H hidden state; M = E T / C chunks of a rollout, and their R = C M
 rows in order of the time within a chunk: the first rows of all chunks, then all second ones, and so on.
 """
