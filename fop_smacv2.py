@@ -288,8 +288,8 @@ def td_lambda_targets(reward, terminated, next_q, next_log_policy, sizes, gamma,
 
 
 def compute_losses(networks: Networks, batch, alpha: float, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L_Q + L_pi, and what to log: both, mean Q_jt, the joint policy's entropy (nats) at t. Of both critics c, means
-    over steps, and over agents in L_pi:
+    """L_Q + L_pi, and what to log: both, mean Q_jt, the joint policy's entropy (nats) at t. Of the critics c = 1, 2,
+    in means over steps and, in L_pi, over agents:
       L_Q = sum_c mean [Q_jt,c(s_t, u_t) - y_t]^2,  L_pi = mean sum_u pi_i(u) [alpha log pi_i(u) - min_c q_i,c(u)]"""
     B, now = batch.sizes[0], batch.now
     mask, action = batch.mask[now], batch.last_action[B:]  # (R, N, A), (R, N), taken at time t

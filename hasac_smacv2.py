@@ -283,7 +283,7 @@ class Replay:
         return SimpleNamespace(**{name: column.to(device) for name, column in batch.items()})
 
     def get_state(self) -> dict:
-        """For checkpoints: what has been written (of a view torch.save would store all memory, but not of numpy's)."""
+        """For checkpoints: what has been written; by way of numpy, as torch.save stores all memory behind a slice."""
         columns = {name: torch.from_numpy(x.numpy()[: (self.size + 1) * self.E]) for name, x in self.columns.items()}
         return {"columns": columns, "final": self.final, "now": self.now, "size": self.size}
 

@@ -167,7 +167,7 @@ def test_hasac_shares_what_means_the_same():
         }  # fmt: skip
 
 
-def rest(file: str) -> list[str]:
+def between(file: str) -> list[str]:
     """What stands between definitions: imports, constants, guards."""
     source = (ROOT / file).read_text()
     body = [n for n in ast.parse(source).body[1:] if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
@@ -208,7 +208,7 @@ def test_the_frame_of_a_baseline_is_that_of_qmix(baseline, words):
 )
 def test_a_baseline_imports_and_guards_what_its_model_does(baseline, model, unneeded):
     """Its own options have ranges of their own; nothing else differs, but for imports that it does not need."""
-    ours, theirs = ([line for line in rest(file) if not line.startswith("RANGES")] for file in (baseline, model))
+    ours, theirs = ([line for line in between(file) if not line.startswith("RANGES")] for file in (baseline, model))
     assert ours == [line for line in theirs if line not in unneeded]
     assert set(theirs) - set(ours) == unneeded
 
@@ -216,7 +216,7 @@ def test_a_baseline_imports_and_guards_what_its_model_does(baseline, model, unne
 @pytest.mark.parametrize(("plain", "soft"), PAIRS)
 def test_what_stands_between_definitions_is_the_same(plain, soft):
     """Imports and constants, but for what Soft-QMIX's default of alpha and QMIX's epsilon need."""
-    ours, theirs = rest(plain), rest(soft)
+    ours, theirs = between(plain), between(soft)
     assert [line for line in theirs if line not in ours and "parse_map_name" not in line] == []
     assert [line for line in ours if line not in theirs and "SMACv2Sim" not in line] == [
         'RANGES |= {"epsilon_start": (0, 1), "epsilon_finish": (0, 1)}'
